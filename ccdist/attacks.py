@@ -74,7 +74,7 @@ def pgd(
     """
     if keep == "last" and restarts != 1:
         raise ValueError(f"keep='last' has no meaning with {restarts} restarts; use keep='best'")
-    best = torch.empty_like(box.lower)
+    best = box.center  # kept only where every loss is NaN
     best_loss = torch.full(labels.shape, -torch.inf, device=labels.device, dtype=box.lower.dtype)
 
     def consider(x: Tensor, logits: Tensor) -> None:

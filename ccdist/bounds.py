@@ -7,6 +7,7 @@ Shapes: `B` batch, `K` classes, `J = K - 1` other classes, `D` features.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,14 @@ INTERVAL_RULES: dict[type[nn.Module], Rule] = {
 }
 
 
+ModuleKind = TypeVar("ModuleKind", bound=nn.Module)
+
+
+def _computes_as(module: nn.Module, kind: type[ModuleKind]) -> TypeGuard[ModuleKind]:
+    """A module of this kind that has not replaced its forward pass by one without a rule."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
 def propagate(
     module: nn.Module,
     box: Interval,
@@ -105,14 +114,15 @@ def propagate(
     Raises:
         UnsupportedLayerError: a layer has no interval rule.
     """
-    if isinstance(module, Network):
+    if _computes_as(module, Network):
         box = propagate(module.features, box, statistics=statistics, trace=trace, name=f"{name}features")
         return propagate(module.head, box, statistics=statistics, trace=trace, name=f"{name}head")
-    if isinstance(module, nn.Sequential):
-        for key, layer in module.named_children():
+    if _computes_as(module, nn.Sequential):
+        # Not named_children(), which leaves out a layer that stands in two places.
+        for key, layer in zip(module._modules, module, strict=True):
             box = propagate(layer, box, statistics=statistics, trace=trace, name=f"{name}.{key}".lstrip("."))
         return box
-    if isinstance(module, Residual):
+    if _computes_as(module, Residual):
         body = propagate(module.body, box, statistics=statistics, trace=trace, name=f"{name}.body")
         short = propagate(module.shortcut, box, statistics=statistics, trace=trace, name=f"{name}.shortcut")
         return Interval(body.lower + short.lower, body.upper + short.upper)
@@ -196,4 +206,4 @@ def logit_difference_lower_bounds(network: Network, box: Interval, labels: Int[T
     Raises:
         UnsupportedLayerError: a layer has no interval rule.
     """
-    return elided_lower_bounds(network.head, propagate(network.features, box), labels)
+    return elided_lower_bounds(network.head, propagate(network.features, box, name="features"), labels)

@@ -4,6 +4,7 @@ A network is a folder of `weights.safetensors` and `network.json` (its layers, t
 the caller wants to keep beside it). A training state is one safetensors file whose header holds the rest.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -46,13 +48,33 @@ def save(directory: Path, network: Network, metadata: dict[str, Any] | None = No
         (staging / NETWORK).write_text(json.dumps(content, indent=1))
         for file in (staging / WEIGHTS, staging / NETWORK):
             _sync(file)
-        if directory.exists():
-            shutil.rmtree(directory)
-        os.rename(staging, directory)
+        _move(staging, directory)
         _sync(directory.parent)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _move(staging: Path, directory: Path) -> None:
+    """Put a complete folder in its place; the one that was there is removed after it, never before."""
+    if not directory.exists():
+        os.rename(staging, directory)
+        return
+    if not _exchange(staging, directory):  # not every file system can: a kill between two renames leaves neither
+        aside = staging.with_name(f"{staging.name}.old")
+        os.rename(directory, aside)
+        os.rename(staging, directory)
+        staging = aside
+    shutil.rmtree(staging)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in one atomic step (Linux' renameat2); False where that does not exist."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def load(directory: Path) -> Network:
@@ -66,8 +88,9 @@ def load(directory: Path) -> Network:
     try:
         if _sha256(weights) != content["weights_sha256"]:
             raise CorruptCheckpointError(f"{weights} is damaged: its hash is not the one in {NETWORK}")
-        network = from_description(content["network"])
-        network.load_state_dict(load_file(weights), strict=True)
+        with torch.device("meta"):  # no memory and no random numbers for weights that are replaced
+            network = from_description(content["network"])
+        network.load_state_dict(load_file(weights), strict=True, assign=True)
     except CorruptCheckpointError:
         raise
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

@@ -18,7 +18,7 @@ from ccdist.networks import ARCHITECTURES, Initialization
 class Config(BaseModel):
     """Base of every configuration: nothing unknown, nothing changed later, defaults checked too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 def fingerprint(value: BaseModel | dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -202,26 +203,37 @@ def _parquet(file: Path) -> _Source:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} is not a readable Parquet file of images: {error}") from error
     column = table[image_column].combine_chunks()
-    if "bytes" not in [field.name for field in column.type]:
+    if not pa.types.is_struct(column.type) or "bytes" not in [field.name for field in column.type]:
         raise ValueError(f"{file}: column {image_column} has type {column.type}; expected a struct with bytes")
     encoded = column.field("bytes")
     return _Source(
         table["label"].to_numpy(),
-        lambda indices: _decode_images(file, (encoded[int(i)].as_py() for i in indices)),
+        lambda indices: _decode_images(file, ((int(i), encoded[int(i)].as_py()) for i in indices)),
     )
 
 
-def _decode_images(file: Path, encoded: Iterator[bytes]) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def _decode_images(file: Path, encoded: Iterator[tuple[int, bytes]]) -> np.ndarray:
+    from PIL import UnidentifiedImageError
 
-    decoded = []
-    try:
-        for data in encoded:
-            image = np.asarray(Image.open(io.BytesIO(data)))
-            decoded.append(image[None] if image.ndim == 2 else image.transpose(2, 0, 1))
-        return np.stack(decoded).astype(np.uint8, copy=False)
-    except (UnidentifiedImageError, OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: image {len(decoded)} cannot be used: {error}") from error
+    decoded: list[np.ndarray] = []
+    for row, data in encoded:
+        try:
+            decoded.append(_decode_image(data))
+            if decoded[-1].shape != decoded[0].shape:
+                raise ValueError(f"its shape is {decoded[-1].shape}, that of others {decoded[0].shape}")
+        except (UnidentifiedImageError, OSError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: image {row} cannot be used: {error}") from error
+    return np.stack(decoded)
+
+
+def _decode_image(data: bytes) -> np.ndarray:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(data))
+    if image.mode not in ("L", "RGB"):  # palette indices and 16-bit values would pass for pixels
+        raise ValueError(f"its mode is {image.mode}; expected L or RGB, 8 bits a channel")
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _torchvision(name: str, class_name: str, folder: Path, part: Part) -> _Source:

@@ -47,7 +47,7 @@ def _sum_features(values: Tensor) -> Tensor:
 
 def _linear(layer: nn.Module, weights: Tensor, step: _Step) -> tuple[Tensor, Tensor]:
     assert isinstance(layer, nn.Linear)
-    offset = weights.new_zeros(weights.shape[:2]) if layer.bias is None else weights @ layer.bias
+    offset = weights.new_zeros(weights.shape[:2]) if layer.bias is None else _sum_features(weights * layer.bias)
     return weights @ layer.weight, offset
 
 
@@ -198,7 +198,7 @@ def crown_lower_bounds(
         raise ValueError(f"optimize_steps is {optimize_steps}; expected 0 or more")
     with torch.no_grad():
         trace = Trace()
-        feature_box = propagate(network.features, box, trace=trace)
+        feature_box = propagate(network.features, box, trace=trace, name="features")
         ibp = elided_lower_bounds(network.head, feature_box, labels)
         best = torch.maximum(ibp, _crown(network, box, labels, trace, None))
     if optimize_steps == 0:
@@ -208,8 +208,9 @@ def crown_lower_bounds(
         return best
     optimizer = torch.optim.Adam(slopes, lr=SLOPE_LEARNING_RATE)
     for _ in range(optimize_steps):
-        bounds = _crown(network, box, labels, trace, slopes)
-        gradients = torch.autograd.grad(-bounds.sum(), slopes)
+        with torch.enable_grad():  # whatever the caller's mode
+            bounds = _crown(network, box, labels, trace, slopes)
+            gradients = torch.autograd.grad(-bounds.sum(), slopes)
         for slope, gradient in zip(slopes, gradients, strict=True):
             slope.grad = gradient
         optimizer.step()

@@ -224,14 +224,17 @@ def initialize(network: Network, generator: torch.Generator, initialization: Ini
 _LAYER_FIELDS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "conv2d": (
         nn.Conv2d,
-        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"),
+        ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
     ),
     "linear": (nn.Linear, ("in_features", "out_features")),
-    "batch_norm1d": (nn.BatchNorm1d, ("num_features", "eps", "momentum")),
-    "batch_norm2d": (nn.BatchNorm2d, ("num_features", "eps", "momentum")),
+    "batch_norm1d": (nn.BatchNorm1d, ("num_features", "eps", "momentum", "affine", "track_running_stats")),
+    "batch_norm2d": (nn.BatchNorm2d, ("num_features", "eps", "momentum", "affine", "track_running_stats")),
     "relu": (nn.ReLU, ()),
     "flatten": (nn.Flatten, ("start_dim", "end_dim")),
-    "avg_pool2d": (nn.AvgPool2d, ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")),
+    "avg_pool2d": (
+        nn.AvgPool2d,
+        ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"),
+    ),
     "identity": (nn.Identity, ()),
 }
 

@@ -141,7 +141,7 @@ def train_student(
         The rest, and the errors, as in `train_teacher`.
 
     Raises:
-        ValueError: the teacher is missing or has another number of features than the student.
+        ValueError: the teacher is missing, in train mode, or has another number of features than the student.
     """
     network = _build(dataset, config, "ibp" if config.initialization == "teacher" else config.initialization)
     _check_teacher(network, teacher, config)
@@ -183,6 +183,8 @@ def _check_teacher(network: Network, teacher: Network | None, config: StudentCon
     needs_teacher = isinstance(config.loss, CCDistConfig) or config.initialization == "teacher"
     if teacher is None and needs_teacher:
         raise ValueError(f"loss {config.loss.kind} with initialization {config.initialization} needs a teacher")
+    if teacher is not None and any(module.training for module in teacher.modules()):
+        raise ValueError("the teacher is in train mode; call .eval() on it, its statistics must not change")
     if teacher is not None and teacher.num_features != network.num_features:
         raise ValueError(
             f"the teacher has {teacher.num_features} features and the student {network.num_features}; "
@@ -225,7 +227,7 @@ class _EpsilonSchedule:
     def __init__(self, config: EpsilonScheduleConfig, threat: ThreatModel, num_steps: int) -> None:
         self.start = round(config.warm_up * num_steps)
         self.length = round(config.ramp * num_steps)
-        self.epsilon_max = threat.radius * config.train_epsilon_factor
+        self.epsilon_max = min(1.0, threat.radius * config.train_epsilon_factor)  # 1 is already the whole range
 
     def __call__(self, step: int) -> float:
         return smoothed_epsilon(step, start=self.start, length=self.length, epsilon_max=self.epsilon_max)

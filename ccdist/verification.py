@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -108,10 +109,9 @@ def verify(
     rows = _Open([Verdict.UNDECIDED] * count, [""] * count, [None] * count, torch.zeros(count), torch.arange(count))
     with exact_float32(), torch.no_grad():
         predictions = _clean(network, images, labels, config, rows)
-        generator = torch.Generator(device).manual_seed(config.seed)
         for rung in ("clean", *config.rungs):
             if rung != "clean":
-                _run_rung(rung, network, images, labels, config, rows, generator)
+                _run_rung(rung, network, images, labels, config, rows)
             if on_rung is not None:
                 on_rung(rung, len(rows.remaining))
     columns = [
@@ -129,27 +129,55 @@ def verify(
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """float32 products in full precision: TF32 rounds them to 10 bits, which no certificate survives."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    """float32 products in full precision: TF32 and bfloat16 round them to 10 and 7 bits, which no certificate survives.
+
+    PyTorch has two sets of switches and refuses to read the older one after the newer one was used.
+    """
+    backends: Any = torch.backends  # its stubs lack half of these
+    switches = (
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    )
+    precisions = [switch.fp32_precision for switch in switches]
+    try:
+        older = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
+    except RuntimeError:
+        older = None
+    if older is not None:
+        torch.set_float32_matmul_precision("highest")
+        backends.cudnn.allow_tf32 = False
+    for switch in switches:
+        switch.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
+        if older is not None:
+            torch.set_float32_matmul_precision(older[0])
+            backends.cudnn.allow_tf32 = older[1]
+        for switch, precision in zip(switches, precisions, strict=True):
+            switch.fp32_precision = precision
 
 
 def _clean(network: Network, images: Tensor, labels: Tensor, config: VerifyConfig, rows: _Open) -> Tensor:
     predictions = []
-    for chunk in rows.remaining.split(config.batch_size):
+    for chunk in _chunks(rows, config):
         started = time.perf_counter()
         logits = network(images[chunk])
         predictions.append(logits.argmax(1).cpu())
-        # A tie is no classification: the margin decides, as it does for attacks.
-        wrong = (logit_differences(logits, labels[chunk]).amin(1) <= 0).cpu()
+        # A tie is no classification, nor is NaN: the margin decides, as it does for attacks.
+        wrong = ~(logit_differences(logits, labels[chunk]).amin(1) > 0).cpu()
         rows.decide(chunk, wrong, Verdict.FALSIFIED, "clean")
         rows.seconds[chunk] += (time.perf_counter() - started) / len(chunk)
     _drop_decided(rows)
     return torch.cat(predictions) if predictions else torch.zeros(0, dtype=torch.long)
+
+
+def _chunks(rows: _Open, config: VerifyConfig) -> list[Tensor]:
+    """The open images in batches; none when nothing is open, where split() gives one empty batch."""
+    return [chunk for chunk in rows.remaining.split(config.batch_size) if len(chunk)]
 
 
 def _drop_decided(rows: _Open) -> None:
@@ -166,13 +194,12 @@ def _run_rung(
     labels: Tensor,
     config: VerifyConfig,
     rows: _Open,
-    generator: torch.Generator,
 ) -> None:
-    for chunk in rows.remaining.split(config.batch_size):
+    for chunk in _chunks(rows, config):
         started = time.perf_counter()
         box = epsilon_box(images[chunk], config.threat.radius)
         if rung == "pgd":
-            _falsify(network, images[chunk], labels[chunk], box, config, rows, chunk, generator)
+            _falsify(network, images[chunk], labels[chunk], box, config, rows, chunk)
         else:
             _certify(rung, network, labels[chunk], box, rows, chunk)
         rows.seconds[chunk] += (time.perf_counter() - started) / len(chunk)
@@ -187,8 +214,9 @@ def _falsify(
     config: VerifyConfig,
     rows: _Open,
     chunk: Tensor,
-    generator: torch.Generator,
 ) -> None:
+    # One stream for each chunk: with one for all, the restarts of a chunk would move the next one's starts.
+    generator = torch.Generator(images.device).manual_seed((config.seed * 2**31 + int(chunk[0])) % 2**63)
     points, _ = worst_points(
         network,
         images,

@@ -3,11 +3,32 @@
 Accuracies are fractions of the validation images, times are seconds, larger objectives are better.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 TrialState = Literal["COMPLETE", "FAILED", "RUNNING", "WAITING"]
 OBJECTIVES = ("standard_accuracy", "certified_accuracy")
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What one finished trial reports; accuracies are fractions of the validation images, costs seconds."""
+
+    standard_accuracy: float
+    adversarial_accuracy: float
+    certified_accuracy: float
+    certified_upper: float
+    verification_state: str
+    num_images: int
+    costs: dict[str, float]  # by part: teacher, student, verification
+    seconds: float  # from start to end of the trial, interrupted runs included
+    provenance: dict[str, str]  # versions, device, commit
+
+    def __post_init__(self) -> None:
+        for name in (*OBJECTIVES, "adversarial_accuracy", "certified_upper", "seconds"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; a result holds finite numbers only")
 
 
 @dataclass(frozen=True)
@@ -27,6 +48,7 @@ class TrialRecord:
     verification_state: str | None = None
     seconds: float | None = None
     costs: dict[str, float] = field(default_factory=dict)  # seconds for teacher, student, verification
+    num_images: int | None = None
     finished_at: float | None = None  # Unix time
     reason: str | None = None  # why a trial FAILED
 

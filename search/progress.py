@@ -1,0 +1,94 @@
+"""The live table of a search: the front so far, the trials that run, and how far the search is."""
+
+import time
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from search.pareto import front, hypervolume
+from search.records import TrialResult
+
+
+@dataclass
+class _Running:
+    started: float = field(default_factory=time.monotonic)
+    phase: str = "starting"
+    done: int = 0
+    of: int = 0
+
+
+@dataclass
+class Progress:
+    """Shows a search on a terminal as one table that changes, elsewhere as one line for each event.
+
+    Args:
+        results: (standard, certified) of trials that were COMPLETE before.
+    """
+
+    console: Console
+    target: int
+    reference: tuple[float, float]
+    results: dict[str, tuple[float, float]] = field(default_factory=dict)
+    running: dict[str, _Running] = field(default_factory=dict)
+    num_failed: int = 0
+
+    def __post_init__(self) -> None:
+        self._started = time.monotonic()
+        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=2, transient=True)
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def started(self, key: str) -> None:
+        self.running[key] = _Running()
+
+    def advanced(self, key: str, phase: str, done: int, of: int) -> None:
+        trial = self.running.setdefault(key, _Running())
+        trial.phase, trial.done, trial.of = phase, done, of
+
+    def finished(self, key: str, result: TrialResult) -> None:
+        self.running.pop(key, None)
+        self.results[key] = (result.standard_accuracy, result.certified_accuracy)
+        members = self._front()
+        mark = "  on the front" if key in members else ""
+        self.console.print(
+            f"[{len(self.results)}/{self.target}] {key}  standard {result.standard_accuracy:.3f}  adversarial "
+            f"{result.adversarial_accuracy:.3f}  certified {result.certified_accuracy:.3f}  "
+            f"{result.seconds:.0f} s{mark}",
+            highlight=False,
+            markup=False,
+        )
+
+    def failed(self, key: str, reason: str) -> None:
+        self.running.pop(key, None)
+        self.num_failed += 1
+        self.console.print(f"{key}  FAILED  {reason}", highlight=False, markup=False)
+
+    def _front(self) -> list[str]:
+        keys = list(self.results)
+        return [keys[index] for index in front([self.results[key] for key in keys])] if keys else []
+
+    def _render(self) -> RenderableType:
+        elapsed = time.monotonic() - self._started
+        area = hypervolume(list(self.results.values()), self.reference) if self.results else 0.0
+        failed = f", {self.num_failed} failed" if self.num_failed else ""
+        title = f"{len(self.results)} of {self.target} trials{failed}, {elapsed:.0f} s, hypervolume {area:.4f}"
+        table = Table(title=title, title_justify="left", expand=False)
+        for column in ("trial", "state", "standard", "certified"):
+            table.add_column(column, justify="left" if column in ("trial", "state") else "right")
+        for key in sorted(self._front(), key=lambda key: self.results[key]):
+            standard, certified = self.results[key]
+            table.add_row(key, "front", f"{standard:.3f}", f"{certified:.3f}")
+        for key, trial in list(self.running.items()):
+            share = f" {trial.done}/{trial.of}" if trial.of else ""
+            table.add_row(key, f"{trial.phase}{share}", "", "", style="dim")
+        return Group(table, Text("Ctrl-C stops; the same command goes on", style="dim"))

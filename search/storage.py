@@ -1,0 +1,95 @@
+"""Where a search keeps things: the study's database, the artefacts, the tracking store. Separate settings."""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ccdist import checkpoint
+from search.config import SearchConfig
+from search.study import sqlite_file
+
+DEFAULT_STORAGE = "runs"
+
+
+class StorageError(ValueError):
+    """A storage place cannot be used."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The places of one search, absolute, since workers may have another working directory."""
+
+    folder: Path  # lock, local tracking store
+    study_url: str
+    artifacts: Path
+    tracking_uri: str | None  # the space file's, else MLflow's own variable; None: the local store in `folder`
+
+    @classmethod
+    def of(cls, config: SearchConfig, directory: str | None) -> "Storage":
+        """From `--storage DIR`, which sets everything, else from the space file, else the default folder."""
+        folder = Path(directory or DEFAULT_STORAGE).resolve()
+        study_url = None if directory else config.storage.study
+        artifacts = None if directory else config.storage.artifacts
+        if artifacts is not None and "://" in artifacts:
+            raise StorageError(f"storage.artifacts is {artifacts}; expected a folder that all workers can reach")
+        return cls(
+            folder,
+            study_url or default_study_url(folder),
+            Path(artifacts).resolve() if artifacts else folder / "artifacts",
+            config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"),
+        )
+
+    def study_folder(self, study: str) -> Path:
+        return self.artifacts / study
+
+    def journals(self, study: str) -> Path:
+        return self.study_folder(study) / "journal"
+
+    def prepare(self) -> None:
+        """Make the folders, and try to write in each.
+
+        Raises:
+            StorageError: one cannot be written.
+        """
+        database = sqlite_file(self.study_url)
+        for folder in {self.folder, self.artifacts, *([database.parent] if database else [])}:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=folder):
+                    pass
+            except OSError as error:
+                raise StorageError(
+                    f"storage {folder} cannot be written ({error.strerror}); choose another with --storage DIR"
+                ) from error
+
+    def check_unfinished(self, study: str, keys: list[str]) -> None:
+        """Read every checkpoint that unfinished trials will go on from, before anything starts.
+
+        Raises:
+            CorruptCheckpointError: one is damaged; nothing was changed.
+        """
+        teachers = self.artifacts / "teachers"
+        for folder in sorted(path for path in teachers.glob("*") if path.is_dir() and not path.name.startswith(".")):
+            _read_network(folder)
+        trials = self.study_folder(study) / "trials"
+        for state in [*teachers.glob("*.state.safetensors"), *(trials / key / "state.safetensors" for key in keys)]:
+            if state.exists():
+                checkpoint.load_state(state)
+        for student in (trials / key / "student" for key in keys):
+            if student.exists():
+                _read_network(student)
+
+
+def default_study_url(folder: Path) -> str:
+    """The SQLite database in a storage folder."""
+    return f"sqlite:///{folder / 'study.db'}"
+
+
+def _read_network(folder: Path) -> None:
+    try:
+        checkpoint.load(folder)
+    except checkpoint.CorruptCheckpointError as error:
+        raise checkpoint.CorruptCheckpointError(
+            f"{error}; restore it from a copy, or delete {folder} and it is trained again"
+        ) from error

@@ -1,0 +1,272 @@
+"""What a study records for its tracker, as files that survive any crash and any absent server.
+
+A study's journal folder holds `study.json`, one `<trial key>.jsonl` for each trial, written by the trial, and
+`_study.jsonl`, written by the driver about the study itself. A line is one JSON object with its wall time
+`t` (seconds since 1970) and its `kind`. Paths in it are relative to the folder, so that the whole storage can
+move.
+"""
+
+import errno
+import json
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from tracking.tracker import ParamValue, Status, StudyInfo
+
+log = logging.getLogger(__name__)
+
+STUDY_JOURNAL = "_study.jsonl"
+STUDY_FILE = "study.json"
+
+# MLflow's rule for names of metrics; a name it refuses would be lost long after the trial that wrote it.
+_METRIC_NAME = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*", re.ASCII)
+_METRIC_NAME_LENGTH = 250
+_BLOCK = 1 << 16
+
+
+class _Row(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    t: float
+
+    @property
+    def time_ms(self) -> int:
+        return round(self.t * 1000)
+
+
+class StartRow(_Row):
+    kind: Literal["start"]
+    params: dict[str, str]
+    tags: dict[str, str]
+
+
+class MetricsRow(_Row):
+    kind: Literal["metrics"]
+    step: int
+    values: dict[str, float | None]  # None is NaN, for which JSON has no number
+
+
+class ArtifactRow(_Row):
+    kind: Literal["artifact"]
+    path: str
+    folder: str
+
+
+class EndRow(_Row):
+    kind: Literal["end"]
+    status: Status
+    step: int
+    values: dict[str, float | None]
+    tags: dict[str, str]
+
+
+class StudyRow(_Row):
+    kind: Literal["study"]
+    step: int
+    values: dict[str, float | None]
+    tags: dict[str, str]
+    artifacts: dict[str, str]
+    description: str
+
+
+class CloseRow(_Row):
+    kind: Literal["close"]
+    status: Status
+
+
+Row = Annotated[StartRow | MetricsRow | ArtifactRow | EndRow | StudyRow | CloseRow, Field(discriminator="kind")]
+_ROW: TypeAdapter[Row] = TypeAdapter(Row)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row and the offset in bytes just after it."""
+
+    row: Row
+    end: int
+
+
+class Journal:
+    """The record of one trial, or of the study: lines are only ever added.
+
+    A line goes out in one write to a descriptor opened for appending, so a process killed at any moment
+    leaves at most one torn last line; the next writer cuts it off. One process writes a journal at a time.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = path.parent.resolve()
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        _cut_torn_tail(self._descriptor)
+
+    @property
+    def key(self) -> str:
+        return self.path.stem
+
+    def write(self, kind: str, **fields: Any) -> None:
+        """Append one row, at the present time.
+
+        Raises:
+            ValueError: no such kind of row, or not its fields.
+            OSError: the disk is full; the journal is as it was.
+        """
+        row = _ROW.validate_python({"t": time.time(), "kind": kind, **fields})
+        data = (row.model_dump_json() + "\n").encode()
+        written = os.write(self._descriptor, data)
+        if written != len(data):
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def start(self, key: str, params: Mapping[str, ParamValue], tags: Mapping[str, str]) -> None:
+        """The trial begins, or goes on in a new process. params: the searched ones only."""
+        if key != self.key:
+            raise ValueError(f"{self.path} is the journal of trial {self.key!r}, not of {key!r}: one file each")
+        self.write("start", params={name: str(value) for name, value in params.items()}, tags=tags)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Values measured at one step. An infinite one (a bound that is not known yet) is left out."""
+        if finite := _storable(values):
+            self.write("metrics", step=step, values=finite)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """A file or directory that is complete and will stay where it is."""
+        self.write("artifact", path=self._relative(path), folder=folder)
+
+    def end(self, status: Status, metrics: Mapping[str, float], tags: Mapping[str, str], *, step: int = 0) -> None:
+        """The trial's last word; the metrics are its results."""
+        self.write("end", status=status, step=step, values=_storable(metrics), tags=tags)
+
+    def study(
+        self,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        artifacts: Mapping[str, Path],
+        *,
+        step: int = 0,
+        description: str = "",
+    ) -> None:
+        """Something about the study itself; the arguments are those of Tracker.log_study."""
+        paths = {name: self._relative(path) for name, path in artifacts.items()}
+        self.write("study", step=step, values=_storable(metrics), tags=tags, artifacts=paths, description=description)
+
+    def close_study(self, status: Status) -> None:
+        """The study has ended."""
+        self.write("close", status=status)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _relative(self, path: Path) -> str:
+        # Both sides resolved: `..` through a symbolic link would otherwise lead elsewhere.
+        return os.path.relpath(path.resolve(), self._folder)
+
+
+def read_rows(path: Path, offset: int = 0) -> tuple[list[Line], int]:
+    """Read the complete lines from a byte offset on.
+
+    A last line without its line break is not there yet. A line that cannot be understood is left out with a
+    warning that names the file and the offset.
+
+    Returns:
+        The rows, and the offset to go on from.
+    """
+    with path.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    lines = []
+    for text in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
+        try:
+            lines.append(Line(_ROW.validate_json(text), offset + len(text)))
+        except ValidationError as error:
+            log.warning("%s: skipped the line at byte %d, which is not a journal row: %s", path, offset, error)
+        offset += len(text)
+    return lines, offset
+
+
+def end_dead_trials(journals: Path, live_keys: set[str] | frozenset[str]) -> list[str]:
+    """Write the missing last word of trials that nobody works on: KILLED.
+
+    For the driver after a crash, before it starts trials. Needs no server, and keeps the order of events.
+
+    Returns:
+        The keys of those trials.
+    """
+    dead = []
+    for path in sorted(journals.glob("*.jsonl")):
+        if path.stem in live_keys or path.name == STUDY_JOURNAL:
+            continue
+        marks = [line.row for line in read_rows(path)[0] if isinstance(line.row, StartRow | EndRow)]
+        if marks and isinstance(marks[-1], StartRow):
+            with Journal(path) as journal:
+                journal.end("KILLED", {}, {})
+            dead.append(path.stem)
+    return dead
+
+
+def save_study_info(journals: Path, study: StudyInfo) -> None:
+    """Write `study.json`, replacing an older one in one step."""
+    journals.mkdir(parents=True, exist_ok=True)
+    replace_text(journals / STUDY_FILE, json.dumps(asdict(study), indent=2) + "\n")
+
+
+def load_study_info(journals: Path) -> StudyInfo:
+    """Read `study.json`.
+
+    Raises:
+        FileNotFoundError: the folder holds none.
+        ValueError: it is not one.
+    """
+    path = journals / STUDY_FILE
+    try:
+        return TypeAdapter(StudyInfo).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path} does not describe a study: {error}") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new, never a part."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def _storable(values: Mapping[str, float]) -> dict[str, float | None]:
+    for name in values:
+        if not _METRIC_NAME.fullmatch(name) or len(name) > _METRIC_NAME_LENGTH or {".", ".."} & {*name.split("/")}:
+            raise ValueError(
+                f"{name!r} cannot name a metric: expected up to {_METRIC_NAME_LENGTH} letters, digits, spaces"
+                " and _ - . : with single slashes between parts, for example certified_accuracy/lower"
+            )
+    numbers = {name: float(value) for name, value in values.items()}
+    return {name: None if math.isnan(x) else x for name, x in numbers.items() if not math.isinf(x)}
+
+
+def _cut_torn_tail(descriptor: int) -> None:
+    size = position = os.fstat(descriptor).st_size
+    while position > 0:
+        start = max(0, position - _BLOCK)
+        line_break = os.pread(descriptor, position - start, start).rfind(b"\n")
+        if line_break >= 0:
+            position = start + line_break + 1
+            break
+        position = start
+    if position < size:
+        os.ftruncate(descriptor, position)

@@ -1,0 +1,338 @@
+"""Studies and trials as MLflow runs.
+
+    experiment   data set and threat
+      parent run   a study
+        child run    a trial
+
+Every run is found by its tags before one is made, whatever process made it. Only MlflowClient is used: the
+fluent functions keep an active run and an address for the whole process. MLflow takes seconds to import, so
+it is imported when a tracker is made.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, urlsplit, urlunsplit
+
+from tracking.tracker import (
+    KIND_STUDY,
+    KIND_TRIAL,
+    TAG_KIND,
+    TAG_STUDY,
+    TAG_TRIAL,
+    MetricRow,
+    ParamValue,
+    RefusedError,
+    Status,
+    StudyInfo,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_PARENT_TAG = "mlflow.parentRunId"
+_NOTE_TAG = "mlflow.note.content"
+_PARAM_LENGTH = 6000
+_TAG_LENGTH = 8000
+_PAGE = 1000
+_REFUSED = "INVALID_PARAMETER_VALUE"
+_SQLITE = "sqlite:///"
+
+# Unasked, MLflow sends usage data, fetches a model catalogue, unpickles code, and waits minutes for a dead
+# server.
+CLOSED_NETWORK = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_MODEL_CATALOG_URI": "",
+    "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+}
+
+
+def prepare_environment() -> None:
+    """Set what CLOSED_NETWORK holds, where the user has not said otherwise; before MLflow is imported."""
+    for name, value in CLOSED_NETWORK.items():
+        os.environ.setdefault(name, value)
+
+
+def local_store(directory: Path) -> tuple[str, str]:
+    """The store of a storage folder: the arguments of MlflowTracker for a search without a server."""
+    folder = directory.resolve() / "mlflow"
+    return f"{_SQLITE}{folder / 'mlflow.db'}", str(folder / "artifacts")
+
+
+def experiment_ids(uri: str) -> list[str]:
+    """The experiments that something was logged to; not the empty one that every store is born with."""
+    prepare_environment()
+    found = _open_client(uri).search_experiments()
+    return [experiment.experiment_id for experiment in found if experiment.name != "Default"]
+
+
+class MlflowTracker:
+    """The Tracker that MLflow keeps; may be used from several threads.
+
+    Making one opens the store: a database is created or brought up to date here, so do it in the driver,
+    before any other process looks at the database. A server is not contacted yet.
+
+    Args:
+        uri: a server, http://host:port, or a database, sqlite:///path/mlflow.db.
+        artifact_root: where new experiments keep their files; None lets the server decide.
+    """
+
+    def __init__(self, uri: str, artifact_root: str | None) -> None:
+        prepare_environment()
+        self._client = _open_client(uri)
+        self._uri = uri
+        self._artifact_root = artifact_root
+        self._lock = threading.RLock()
+        self._study: StudyInfo | None = None
+        self._experiment_id = ""
+        self._parent_id = ""
+        self._run_ids: dict[str, str] = {}
+
+    def open_study(self, study: StudyInfo, *, resume: bool = True) -> None:
+        with self._session():
+            self._study = study
+            self._forget()
+            parent = self._find_or_create(self._study_tags(), study.name)
+            self._parent_id = parent.info.run_id
+            if resume and parent.info.status != "RUNNING":
+                self._client.update_run(self._parent_id, status="RUNNING")
+            self._log_params_and_tags(self._parent_id, study.params, study.tags)
+            self._describe(study.description)
+
+    def start_trial(
+        self,
+        key: str,
+        params: Mapping[str, ParamValue],
+        tags: Mapping[str, str],
+        *,
+        time_ms: int | None = None,
+    ) -> None:
+        with self._session():
+            run = self._find_or_create(self._trial_tags(key), key, time_ms)
+            self._run_ids[key] = run.info.run_id
+            if run.info.status != "RUNNING":
+                self._client.update_run(run.info.run_id, status="RUNNING")
+            self._log_params_and_tags(run.info.run_id, params, tags)
+
+    def log_metrics(self, key: str, rows: Sequence[MetricRow]) -> None:
+        with self._session():
+            self._log_metrics(self._trial_id(key), rows)
+
+    def log_artifact(self, key: str, path: Path, folder: str) -> None:
+        with self._session():
+            self._copy(self._trial_id(key), path, folder)
+
+    def end_trial(self, key: str, status: Status, tags: Mapping[str, str], *, time_ms: int | None = None) -> None:
+        with self._session():
+            run_id = self._trial_id(key)
+            self._log_params_and_tags(run_id, {}, tags)
+            self._client.set_terminated(run_id, status, end_time=time_ms)
+
+    def log_study(
+        self,
+        metrics: Mapping[str, float],
+        tags: Mapping[str, str],
+        artifacts: Mapping[str, Path],
+        *,
+        step: int = 0,
+        description: str = "",
+        time_ms: int | None = None,
+    ) -> None:
+        with self._session():
+            run_id = self._parent()
+            at = _now_ms() if time_ms is None else time_ms
+            self._log_metrics(run_id, [MetricRow(name, value, at, step) for name, value in metrics.items()])
+            self._log_params_and_tags(run_id, {}, tags)
+            for name, path in artifacts.items():
+                self._copy_as(run_id, path, name)
+            self._describe(description)
+
+    def close_study(self, status: Status, *, time_ms: int | None = None) -> None:
+        with self._session():
+            self._client.set_terminated(self._parent(), status, end_time=time_ms)
+
+    def close_stale(self, live_keys: Collection[str]) -> list[str]:
+        with self._session():
+            tags = {TAG_KIND: KIND_TRIAL, TAG_STUDY: self._opened_study().name}
+            running = self._search(tags, "attributes.status = 'RUNNING'")
+            stale = [run for run in running if run.data.tags[TAG_TRIAL] not in live_keys]
+            for run in stale:
+                self._client.set_terminated(run.info.run_id, "KILLED")
+            return sorted(run.data.tags[TAG_TRIAL] for run in stale)
+
+    def study_url(self) -> str | None:
+        if not self._uri.startswith(("http://", "https://")):
+            return None
+        with self._session():
+            # Without the workflow type the page opens on traces of language models.
+            page = f"#/experiments/{self._experiment()}/runs/{self._parent()}?workflowType=machine_learning"
+            return f"{_without_login(self._uri).rstrip('/')}/{page}"
+
+    @contextmanager
+    def _session(self) -> Iterator[None]:
+        """One thread at a time; what goes wrong is sorted into refused and worth trying again."""
+        from mlflow.exceptions import MlflowException
+
+        with self._lock:
+            try:
+                yield
+            except Exception as error:
+                # A run may have been deleted, or the server's database replaced: look everything up again.
+                self._forget()
+                if isinstance(error, MlflowException) and error.error_code == _REFUSED:
+                    raise RefusedError(error.message) from error
+                raise
+
+    def _forget(self) -> None:
+        self._experiment_id = self._parent_id = ""
+        self._run_ids.clear()
+
+    def _opened_study(self) -> StudyInfo:
+        if self._study is None:
+            raise ValueError("no study is open: call open_study before anything else")
+        return self._study
+
+    def _experiment(self) -> str:
+        if not self._experiment_id:
+            name = self._opened_study().experiment
+            found = self._client.get_experiment_by_name(name)
+            if found is None:
+                self._experiment_id = self._client.create_experiment(name, artifact_location=self._artifact_root)
+            else:
+                self._experiment_id = found.experiment_id
+                if found.lifecycle_stage == "deleted":  # its name stays taken, so it is this one or none
+                    self._client.restore_experiment(found.experiment_id)
+        return self._experiment_id
+
+    def _parent(self) -> str:
+        if not self._parent_id:
+            study = self._opened_study()
+            self._parent_id = self._find_or_create(self._study_tags(), study.name).info.run_id
+        return self._parent_id
+
+    def _trial_id(self, key: str) -> str:
+        if key not in self._run_ids:
+            self._run_ids[key] = self._find_or_create(self._trial_tags(key), key).info.run_id
+        return self._run_ids[key]
+
+    def _study_tags(self) -> dict[str, str]:
+        return {TAG_KIND: KIND_STUDY, TAG_STUDY: self._opened_study().name}
+
+    def _trial_tags(self, key: str) -> dict[str, str]:
+        return {TAG_KIND: KIND_TRIAL, TAG_STUDY: self._opened_study().name, TAG_TRIAL: key}
+
+    def _find_or_create(self, tags: Mapping[str, str], name: str, time_ms: int | None = None) -> "Run":
+        runs = self._search(tags)
+        if not runs:
+            parent = {_PARENT_TAG: self._parent()} if tags[TAG_KIND] == KIND_TRIAL else {}
+            self._client.create_run(self._experiment(), start_time=time_ms, tags={**tags, **parent}, run_name=name)
+            # The client repeats a request whose answer was lost, and each repetition makes a run.
+            runs = self._search(tags)
+        first, *doubles = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+        for double in doubles:
+            self._client.delete_run(double.info.run_id)
+        return first
+
+    def _search(self, tags: Mapping[str, str], condition: str = "") -> "list[Run]":
+        conditions = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+        query = " and ".join([*conditions, condition] if condition else conditions)
+        runs: list[Run] = []
+        token: str | None = None
+        while True:
+            page = self._client.search_runs([self._experiment()], query, max_results=_PAGE, page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                return runs
+
+    def _log_metrics(self, run_id: str, rows: Sequence[MetricRow]) -> None:
+        from mlflow.entities import Metric
+
+        if rows:
+            self._client.log_batch(run_id, [Metric(row.name, row.value, row.time_ms, row.step) for row in rows])
+
+    def _log_params_and_tags(self, run_id: str, params: Mapping[str, ParamValue], tags: Mapping[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        # Tags first: a changed param is refused, and takes its request with it.
+        if tags:
+            self._client.log_batch(
+                run_id, tags=[RunTag(name, _shortened(text, _TAG_LENGTH)) for name, text in tags.items()]
+            )
+        if params:
+            texts = {name: _shortened(str(value), _PARAM_LENGTH) for name, value in params.items()}
+            self._client.log_batch(run_id, params=[Param(name, text) for name, text in texts.items()])
+
+    def _describe(self, description: str) -> None:
+        if description:
+            note = _with_artifact_links(description, self._parent())
+            self._client.set_tag(self._parent(), _NOTE_TAG, _shortened(note, _TAG_LENGTH))
+
+    def _copy(self, run_id: str, path: Path, folder: str) -> None:
+        if path.is_dir():
+            self._client.log_artifacts(run_id, str(path), folder or None)
+        else:
+            self._client.log_artifact(run_id, str(path), folder or None)
+
+    def _copy_as(self, run_id: str, path: Path, name: str) -> None:
+        if path.is_dir():
+            self._copy(run_id, path, name)
+            return
+        folder, _, file_name = name.rpartition("/")
+        if file_name == path.name:
+            self._copy(run_id, path, folder)
+            return
+        with tempfile.TemporaryDirectory() as directory:  # MLflow keeps a file's own name
+            self._copy(run_id, Path(shutil.copyfile(path, Path(directory) / file_name)), folder)
+
+
+def _open_client(uri: str) -> "MlflowClient":
+    with warnings.catch_warnings():
+        # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates; nobody here can act on it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from mlflow import MlflowClient
+
+        if not uri.startswith(_SQLITE):
+            return MlflowClient(uri)
+        database = Path(uri.removeprefix(_SQLITE))
+        database.parent.mkdir(parents=True, exist_ok=True)
+        # Two processes that create the tables at once both fail.
+        with database.with_name(database.name + ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return MlflowClient(uri)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _with_artifact_links(markdown: str, run_id: str) -> str:
+    def link(match: re.Match[str]) -> str:
+        return f"(get-artifact?path={quote(match[1])}&run_uuid={run_id})"
+
+    return re.sub(r"\(artifact:([^)]+)\)", link, markdown)
+
+
+def _without_login(uri: str) -> str:
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def _now_ms() -> int:
+    return round(time.time() * 1000)

@@ -1,0 +1,293 @@
+"""Carries what the journals hold to the tracker, in the background of the driver.
+
+A server that is away delays the carrying and nothing else: rows wait in their journals, and an offset beside
+each journal says how far the tracker has accepted it. Sending a row again changes nothing, so a crash between
+the two is harmless.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from tracking.journal import (
+    STUDY_FILE,
+    STUDY_JOURNAL,
+    ArtifactRow,
+    CloseRow,
+    EndRow,
+    Line,
+    MetricsRow,
+    StartRow,
+    StudyRow,
+    load_study_info,
+    read_rows,
+    replace_text,
+)
+from tracking.tracker import MetricRow, RefusedError, Tracker
+
+log = logging.getLogger(__name__)
+
+_MAX_DELAY_S = 30.0
+# A pass goes on past one journal that fails, but not through all of them when nobody answers.
+_MAX_FAILURES_IN_A_ROW = 3
+_MAX_VALUES_PER_CALL = 1000
+_LEAVE_S = 0.2  # enough for a thread that is not in the middle of a call
+
+
+class Delivery:
+    """One destination's progress through a folder of journals; no thread of its own.
+
+    Args:
+        journals: the folder.
+        tracker: the destination.
+        resume: whether the study is running again, or only its record is completed.
+    """
+
+    def __init__(self, journals: Path, tracker: Tracker, *, resume: bool = True) -> None:
+        self.journals = journals
+        self._tracker = tracker
+        self._resume = resume
+        self._is_open = False
+        self._offsets: dict[str, int] = {}
+
+    def send(self) -> None:
+        """Send everything there is, in order for each journal.
+
+        Raises:
+            Exception: the first that the tracker raised; its row and those after it wait for the next call.
+        """
+        if not self._is_open:
+            if (self.journals / STUDY_FILE).exists():
+                self._tracker.open_study(load_study_info(self.journals), resume=self._resume)
+            self._is_open = True
+        first_error: Exception | None = None
+        failures_in_a_row = 0
+        for path in self._paths():
+            try:
+                self._send_journal(path)
+                failures_in_a_row = 0
+            except Exception as error:
+                first_error = first_error or error
+                failures_in_a_row += 1
+                if failures_in_a_row == _MAX_FAILURES_IN_A_ROW:
+                    break
+        if first_error:
+            raise first_error
+
+    def rows_left(self) -> int:
+        """The number of complete lines that the tracker has not accepted."""
+        left = 0
+        for path in self._paths():
+            offset = self._offset(path)
+            if path.stat().st_size > offset:
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    left += file.read().count(b"\n")
+        return left
+
+    def _paths(self) -> list[Path]:
+        # The study last: what it says about its trials comes after what they said.
+        return sorted(self.journals.glob("*.jsonl"), key=lambda path: (path.name == STUDY_JOURNAL, path.name))
+
+    def _offset(self, path: Path) -> int:
+        if path.name not in self._offsets:
+            self._offsets[path.name] = _read_offset(_sent_path(path))
+        if self._offsets[path.name] > path.stat().st_size:
+            self._offsets[path.name] = 0  # another journal has taken this name: it starts anew
+        return self._offsets[path.name]
+
+    def _accepted(self, path: Path, offset: int) -> None:
+        replace_text(_sent_path(path), str(offset))
+        self._offsets[path.name] = offset
+
+    def _send_journal(self, path: Path) -> None:
+        offset = self._offset(path)
+        if path.stat().st_size <= offset:
+            return
+        lines, end = read_rows(path, offset)
+        for group in _groups(lines):
+            try:
+                self._send_group(path, group)
+            except RefusedError as error:
+                log.warning("%s: the tracker refused the rows before byte %d: %s", path, group[-1].end, error)
+            self._accepted(path, group[-1].end)
+        if end > self._offsets[path.name]:
+            self._accepted(path, end)
+
+    def _send_group(self, path: Path, group: list[Line]) -> None:
+        key, tracker, row = path.stem, self._tracker, group[0].row
+        match row:
+            case StartRow():
+                tracker.start_trial(key, row.params, row.tags, time_ms=row.time_ms)
+            case MetricsRow():
+                rows = [line.row for line in group if isinstance(line.row, MetricsRow)]
+                self._send_metrics(path, [value for each in rows for value in _metric_rows(path, each)])
+            case ArtifactRow():
+                if file := self._existing(path, row.path):
+                    tracker.log_artifact(key, file, row.folder)
+            case EndRow():
+                self._send_metrics(path, _metric_rows(path, row))
+                tracker.end_trial(key, row.status, row.tags, time_ms=row.time_ms)
+            case StudyRow():
+                files = {name: self._existing(path, target) for name, target in row.artifacts.items()}
+                tracker.log_study(
+                    {each.name: each.value for each in _metric_rows(path, row)},
+                    row.tags,
+                    {name: file for name, file in files.items() if file},
+                    step=row.step,
+                    description=row.description,
+                    time_ms=row.time_ms,
+                )
+            case CloseRow():
+                tracker.close_study(row.status, time_ms=row.time_ms)
+
+    def _send_metrics(self, path: Path, rows: list[MetricRow]) -> None:
+        if rows:
+            self._tracker.log_metrics(path.stem, rows)
+
+    def _existing(self, path: Path, target: str) -> Path | None:
+        file = (self.journals / target).resolve()
+        if file.exists():
+            return file
+        log.warning("%s: skipped the artifact %s, which is not there any more", path, file)
+        return None
+
+
+class Sender:
+    """A delivery on its own thread, which never raises into the driver.
+
+    Use it as a context, or call start and stop. On an error of the tracker it says so once, and tries again
+    at growing intervals up to 30 seconds.
+    """
+
+    def __init__(self, journals: Path, tracker: Tracker, interval_s: float = 1.0) -> None:
+        self._delivery = Delivery(journals, tracker)
+        self._interval_s = interval_s
+        self._delay_s = interval_s
+        self._is_out = False
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._pass_done = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="tracking-sender", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def flush(self, timeout_s: float) -> int:
+        """Try to send everything now; returns the number of rows left when that is done or time is up."""
+        deadline = time.monotonic() + timeout_s
+        while (left := self._rows_left()) and (remaining := deadline - time.monotonic()) > 0:
+            with self._pass_done:
+                self._wake.set()
+                self._pass_done.wait(min(remaining, self._interval_s))
+        return left
+
+    def stop(self, timeout_s: float) -> int:
+        """Flush and end the thread, in about timeout_s at most; returns the number of rows left."""
+        deadline = time.monotonic() + timeout_s
+        if left := self.flush(timeout_s):
+            log.warning("the tracker lacks %d rows; %s", left, self._advice())
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join(max(_LEAVE_S, deadline - time.monotonic()))
+        return left
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop(timeout_s=10.0)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self._delivery.send()
+            except Exception as error:
+                # Whatever it was, tracking must not end a search: the rows are kept and tried again.
+                self._note_outage(error)
+            else:
+                self._note_success()
+            with self._pass_done:
+                self._pass_done.notify_all()
+            self._wake.wait(self._delay_s)
+            self._wake.clear()
+
+    def _note_outage(self, error: Exception) -> None:
+        self._delay_s = min(2 * self._delay_s, _MAX_DELAY_S)
+        if not self._is_out:
+            self._is_out = True
+            log.warning(
+                "tracking server unreachable, %d rows waiting; they are kept in %s and sent when it answers;"
+                " %s (%s: %s)",
+                self._rows_left(),
+                self._delivery.journals,
+                self._advice(),
+                type(error).__name__,
+                error,
+            )
+
+    def _note_success(self) -> None:
+        self._delay_s = self._interval_s
+        if self._is_out:
+            self._is_out = False
+            log.info("tracking server answers again; nothing is lost")
+
+    def _rows_left(self) -> int:
+        try:
+            return self._delivery.rows_left()
+        except OSError:
+            log.warning("cannot read the journals in %s", self._delivery.journals, exc_info=True)
+            return 0
+
+    def _advice(self) -> str:
+        study = self._delivery.journals.resolve().parent
+        return f"python -m tracking.replay {study.parents[1]} --study {study.name} sends them later"
+
+
+def forget_sent(journals: Path) -> None:
+    """Forget what was sent, so that everything is sent again, for example to another server."""
+    for path in journals.glob("*.jsonl.sent"):
+        path.unlink()
+
+
+def _sent_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sent")
+
+
+def _read_offset(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0  # never sent, or emptied by a power cut: sending again is harmless
+
+
+def _groups(lines: list[Line]) -> Iterator[list[Line]]:
+    """Metrics that follow each other travel together, every other row alone."""
+    group: list[Line] = []
+    num_values = 0
+    for line in lines:
+        if not isinstance(line.row, MetricsRow) or num_values + len(line.row.values) > _MAX_VALUES_PER_CALL:
+            if group:
+                yield group
+            group, num_values = [], 0
+        if isinstance(line.row, MetricsRow):
+            group.append(line)
+            num_values += len(line.row.values)
+        else:
+            yield [line]
+    if group:
+        yield group
+
+
+def _metric_rows(path: Path, row: MetricsRow | EndRow | StudyRow) -> list[MetricRow]:
+    rows = []
+    for name, value in row.values.items():
+        if value is None:
+            log.warning("%s: skipped %s at step %d, which is not a number", path, name, row.step)
+        else:
+            rows.append(MetricRow(name, value, row.time_ms, row.step))
+    return rows
