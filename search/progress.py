@@ -66,12 +66,13 @@ class Progress:
             f"{result.seconds:.0f} s{mark}",
             highlight=False,
             markup=False,
+            soft_wrap=True,
         )
 
     def failed(self, key: str, reason: str) -> None:
         self.running.pop(key, None)
         self.num_failed += 1
-        self.console.print(f"{key}  FAILED  {reason}", highlight=False, markup=False)
+        self.console.print(f"{key}  FAILED  {reason}", highlight=False, markup=False, soft_wrap=True)
 
     def _front(self) -> list[str]:
         keys = list(self.results)

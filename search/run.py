@@ -86,6 +86,7 @@ def _search(
         f"study {before.name}: {config.data.name}, threat {config.threat}, {len(before.complete)} of "
         f"{config.budget.trials} trials done, {cluster.slots} at once on {cluster.description}",
         highlight=False,
+        soft_wrap=True,
     )
     with tracked(config, storage, set(_unfinished(before))) as tracker:
         searcher = _fit(study, storage, cluster, shared, console, before)

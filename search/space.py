@@ -37,7 +37,7 @@ from search.recipe import Recipe, derive_seed
 
 SEARCHED_SECTIONS = ("network", "teacher", "student")
 # With more parameters than this, corners are all-low, all-high and one at a time instead of every combination.
-FULL_CORNERS = 10
+FULL_CORNERS = 8
 
 
 class Suggester(Protocol):
@@ -119,11 +119,17 @@ class Space:
                 yield corner
 
     def points(self) -> list[dict[str, Any]]:
-        """The space file's points without the values that are fixed in it."""
+        """The space file's points, fractions as numbers, without the values that are fixed in the file."""
         return [
-            {name: value for name, value in point.items() if name in self.parameters}
+            {name: self._point_value(name, value) for name, value in point.items() if name in self.parameters}
             for point in self.config.search.points
         ]
+
+    def _point_value(self, name: str, value: Any) -> Any:
+        """A point's value as its distribution wants it; a text like 1/160 is a number where a number is meant."""
+        if isinstance(self.parameters[name].distribution, CategoricalDistribution) or not isinstance(value, str):
+            return value
+        return as_float(value, f"search.points: {name}")
 
     def _build(self, choose: _Choose, seeds: Mapping[str, int]) -> Recipe:
         resolved = self._resolve(self.tree, (), choose)
@@ -226,7 +232,7 @@ class Space:
                 if name not in known:
                     raise SpaceFileError(f"unknown parameter {where}{nearest(name, set(self.parameters), '')}")
                 parameter = self.parameters.get(name)
-                if parameter is not None and not _contains(parameter.distribution, value):
+                if parameter is not None and not _contains(parameter.distribution, self._point_value(name, value)):
                     raise SpaceFileError(
                         f"{where} is {value!r}, outside the range of {name}: {_spelled(parameter.distribution)}"
                     )
