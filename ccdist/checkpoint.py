@@ -124,7 +124,8 @@ def save_state(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any])
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    header = {"state": json.dumps({"format_version": FORMAT_VERSION, **metadata})}
+    content = {"format_version": FORMAT_VERSION, "tensors_sha256": _tensors_sha256(stored), **metadata}
+    header = {"state": json.dumps(content)}
     try:
         save_file(stored, staging, metadata=header)
         _sync(staging)
@@ -151,12 +152,29 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CorruptCheckpointError(
             f"{path} has format version {metadata.get('format_version')}, not {FORMAT_VERSION}"
         )
+    if metadata.get("tensors_sha256") != _tensors_sha256(tensors):
+        raise CorruptCheckpointError(
+            f"training state {path} is damaged (its tensors have another hash); delete it to start this training again"
+        )
     return tensors, metadata
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(network: Network) -> str:
+    """Hash of a network's weights and statistics: the identity of a teacher."""
+    return _tensors_sha256({name: value.detach().cpu() for name, value in network.state_dict().items()})
+
+
+def _tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

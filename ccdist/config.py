@@ -151,6 +151,12 @@ class CyclicConfig(Config):
     peak: float = Field(gt=0, le=10)
     floor: float = Field(0.0, ge=0, le=10)
 
+    @model_validator(mode="after")
+    def _peak_is_above(self) -> "CyclicConfig":
+        if self.floor > self.peak:
+            raise ValueError(f"floor {self.floor} is above peak {self.peak}; exchange them")
+        return self
+
 
 OptimizerConfig = Annotated[AdamConfig | SGDConfig, Field(discriminator="kind")]
 LearningRateConfig = Annotated[MultiStepConfig | CyclicConfig, Field(discriminator="kind")]

@@ -162,6 +162,7 @@ def train_student(
         threat,
         step_loss,
         ramp_end=round(warm_up_and_ramp * config.epochs),
+        teacher=teacher,
     )
     return run.fit(torch.device(device), state_path, on_epoch)
 
@@ -324,6 +325,7 @@ class _Run:
     threat: ThreatModel
     loss_of: _LossOf
     ramp_end: int  # in epochs
+    teacher: Network | None = None  # a part of what the student computes from
     epoch: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -345,6 +347,7 @@ class _Run:
                 self._save(state_path)
             if on_epoch is not None:
                 on_epoch(EpochReport(self.phase, self.epoch, self.config.epochs, metrics, elapsed, self.network))
+        self.optimizer.zero_grad(set_to_none=True)  # the last step's gradients are as large as the network
         return TrainingResult(self.network.requires_grad_(False), self.history, self.seconds)
 
     def _train_epoch(self) -> dict[str, float]:
@@ -419,6 +422,7 @@ class _Run:
                 "data": self.dataset.fingerprint,
                 "threat": self.threat.model_dump(mode="json"),
                 "config": self.config.model_dump(mode="json"),
+                "teacher": None if self.teacher is None else checkpoint.weights_sha256(self.teacher),
             }
         )
 
@@ -439,7 +443,7 @@ class _Run:
         tensors, metadata = checkpoint.load_state(path)
         if metadata["identity"] != self._identity:
             raise ValueError(
-                f"training state {path} belongs to another training (data, threat or configuration differ); "
+                f"training state {path} belongs to another training (data, threat, teacher or configuration differ); "
                 "delete it or choose another place"
             )
 

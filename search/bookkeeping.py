@@ -11,12 +11,12 @@ from search.config import SearchConfig
 from search.records import StudyRecord
 from search.report import PLOTLY_CONFIG, front_figure, save_front_png, study_hypervolume, write_report
 from search.storage import Storage
-from tracking.journal import STUDY_JOURNAL, Journal, end_dead_trials, save_study_info
+from tracking.journal import STUDY_JOURNAL, CloseRow, Journal, end_dead_trials, read_rows, save_study_info
 from tracking.sender import Delivery, Sender
 from tracking.tracker import NullTracker, Status, StudyInfo, Tracker
 
 # How long the end of a search waits for the last rows to reach the tracking server.
-LAST_ROWS_S = 60.0
+LAST_ROWS_S = 30.0
 
 
 def study_info(config: SearchConfig, storage: Storage) -> StudyInfo:
@@ -56,6 +56,8 @@ def tracked(config: SearchConfig, storage: Storage, live_keys: set[str]) -> Iter
     journals = storage.journals(config.study_name)
     save_study_info(journals, study_info(config, storage))
     end_dead_trials(journals, live_keys)
+    with Journal(journals / STUDY_JOURNAL) as journal:
+        journal.study({}, {"cert.state": "RUNNING"}, {})
     tracker = open_tracker(config, storage)
     sender = Sender(journals, tracker)
     sender.start()
@@ -65,34 +67,41 @@ def tracked(config: SearchConfig, storage: Storage, live_keys: set[str]) -> Iter
         sender.stop(LAST_ROWS_S)
 
 
-def unsent_rows(config: SearchConfig, storage: Storage) -> int:
-    """Rows that tracking has not received; 0 when tracking is off."""
+def is_settled(config: SearchConfig, storage: Storage) -> bool:
+    """Whether tracking has all rows of a study, its end included; nothing to settle when tracking is off."""
     if not config.tracking.enabled:
-        return 0
-    return Delivery(storage.journals(config.study_name), NullTracker()).rows_left()
+        return True
+    journals = storage.journals(config.study_name)
+    own = journals / STUDY_JOURNAL
+    rows = read_rows(own)[0] if own.exists() else []
+    ended = bool(rows) and isinstance(rows[-1].row, CloseRow)
+    return ended and Delivery(journals, NullTracker()).rows_left() == 0
 
 
-def close_study(record: StudyRecord, storage: Storage, status: Status, live_keys: set[str]) -> Path:
-    """Write the report, and the study's last word into its journal.
+def where_to_look(tracker: Tracker, storage: Storage) -> str:
+    """How to see the study in MLflow."""
+    try:
+        url = tracker.study_url()
+    except Exception:  # the link is a courtesy, and any server may be away in any way
+        url = None
+    if url is not None:
+        return f"MLflow: {url}"
+    return f"MLflow: python -m tracking.ui --storage {storage.folder}"
 
-    Args:
-        live_keys: trials that will be resumed later; all others without an end are ended.
 
-    Returns:
-        The report's path.
-    """
+def close_study(record: StudyRecord, storage: Storage, status: Status) -> None:
+    """Write the report, end the runs of trials that were cut off, and write the study's last word."""
     folder, journals = storage.study_folder(record.name), storage.journals(record.name)
     report, png, figure = folder / "report.html", folder / "front.png", folder / "front.html"
     write_report(record, report)
     save_front_png(record, png)
     front_figure(record).write_html(figure, include_plotlyjs=True, config=PLOTLY_CONFIG)
-    end_dead_trials(journals, live_keys)
+    end_dead_trials(journals, set())
     with Journal(journals / STUDY_JOURNAL) as journal:
         metrics = {"hypervolume": study_hypervolume(record), "num_complete": float(len(record.complete))}
         artifacts = {"front.html": figure, "front.png": png, "report.html": report}
         journal.study(metrics, {"cert.state": status}, artifacts, step=len(record.complete))
         journal.close_study(status)
-    return report
 
 
 def note_failure(journals: Path, key: str, reason: str) -> None:

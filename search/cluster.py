@@ -3,16 +3,23 @@
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 
+# Not address="auto": that joins any Ray on this machine, such as another search's, and dies with it.
+from ray._private.utils import read_ray_address
+
 from search.config import ResourcesConfig
+from search.errors import UserError
 
 # Room in the object store beside the images: Ray's own minimum is 75 MiB.
 _OBJECT_STORE_SPARE = 256 * 2**20
+# How long a cluster may take to answer at all.
+CONNECT_S = 5.0
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -23,7 +30,7 @@ _ENVIRONMENT = {
 }
 
 
-class ResourcesError(ValueError):
+class ResourcesError(UserError):
     """The trials ask for more than the cluster has."""
 
 
@@ -37,7 +44,7 @@ class Cluster:
 
 @contextmanager
 def connected(resources: ResourcesConfig, data_bytes: int) -> Iterator[Cluster]:
-    """Ray for the time of the context: RAY_ADDRESS, else a cluster started here before, else a new local one.
+    """Ray for the time of the context: RAY_ADDRESS, else what `ray start` left running here, else a new local one.
 
     Raises:
         ResourcesError: no node can hold one trial, or the address is of an unsupported kind.
@@ -62,21 +69,34 @@ def _init(data_bytes: int) -> str:
             raise ResourcesError(
                 f"RAY_ADDRESS is {address}; Ray Client cannot run a search: run it on the head, or use ray job submit"
             )
+        unanswered = f"no Ray cluster answers at RAY_ADDRESS={address}"
+        advice = "start it, or unset RAY_ADDRESS to run on this machine"
+        if not _answers(address):
+            raise ResourcesError(f"{unanswered}; {advice}")
         try:
             ray.init(address=address, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ResourcesError(
-                f"no Ray cluster answers at RAY_ADDRESS={address} ({' '.join(str(error).split())}); start it, or unset "
-                "RAY_ADDRESS to run on this machine"
-            ) from error
+            raise ResourcesError(f"{unanswered} ({' '.join(str(error).split())}); {advice}") from error
         return f"Ray cluster at {address}"
-    try:
-        ray.init(address="auto", **options)
+    started = read_ray_address()
+    if started and _answers(started):  # else that cluster is gone and left its address behind
+        ray.init(address=started, **options)
         return "the Ray cluster on this machine"
-    except ConnectionError:
-        store = 2 * data_bytes + _OBJECT_STORE_SPARE
-        ray.init(address="local", include_dashboard=False, object_store_memory=store, **options)
-        return "this machine"
+    store = 2 * data_bytes + _OBJECT_STORE_SPARE
+    ray.init(address="local", include_dashboard=False, object_store_memory=store, **options)
+    return "this machine"
+
+
+def _answers(address: str) -> bool:
+    """Whether anybody listens there, since Ray itself would try for minutes; True for an address without a port."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return True
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
+            return True
+    except OSError:
+        return False
 
 
 def _slots(resources: ResourcesConfig) -> int:

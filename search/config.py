@@ -15,10 +15,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from ccdist.config import AttackConfig, Config, DataConfig, Rung, ThreatModel, exact_fraction, fingerprint
+from search.errors import UserError
 from search.records import OBJECTIVES
 
 
-class SpaceFileError(ValueError):
+class SpaceFileError(UserError):
     """The space file, or a --set, is wrong; the text is one line that says what to do."""
 
 
@@ -232,10 +233,12 @@ def _apply(tree: dict[str, Any], setting: str) -> None:
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
     """The first mistake in one line: where, what came, what was expected, and the nearest known name."""
-    first = error.errors()[0]
+    errors = error.errors()
+    # A misspelled key is both unknown and missing under its right name; the first of these says what to do.
+    first = next((each for each in errors if each["type"] in ("extra_forbidden", "invalid_key")), errors[0])
     # Tags of a union ("cc_dist") are part of pydantic's location, but not of the user's file.
     path = [part for part in first["loc"] if isinstance(part, int) or part not in _tags(model)]
-    where = ".".join(str(part) for part in ([prefix] if prefix else []) + path)
+    where = " ".join(".".join(str(part) for part in ([prefix] if prefix else []) + path).split())
     match first["type"]:
         case "extra_forbidden":
             return f"unknown key {where}{nearest(str(path[-1]), known_keys(model, path[:-1]), where)}"

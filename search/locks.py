@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from search.errors import UserError
 
-class LockedError(RuntimeError):
+
+class LockedError(UserError):
     """Another process holds the lock; the text names it."""
 
 

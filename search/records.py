@@ -77,3 +77,8 @@ class StudyRecord:
     def complete(self) -> tuple[TrialRecord, ...]:
         """The trials whose objectives are known."""
         return tuple(trial for trial in self.trials if trial.objectives is not None)
+
+    @property
+    def unfinished(self) -> tuple[TrialRecord, ...]:
+        """The trials that were started and have neither a result nor a reason why not."""
+        return tuple(trial for trial in self.trials if trial.state == "RUNNING")

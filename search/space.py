@@ -264,10 +264,14 @@ def _number(node: dict[str, Any], path: tuple[str, ...]) -> BaseDistribution:
     where = ".".join(path)
     for key in node:
         if key not in ("low", "high", "log", "integer"):
-            raise SpaceFileError(f"unknown key {where}.{key}{nearest(key, {'low', 'high', 'log', 'integer'}, where)}")
+            known = {"low", "high", "log", "integer"}
+            raise SpaceFileError(f"unknown key {where}.{key}{nearest(str(key), known, f'{where}.{key}')}")
     for end in ("low", "high"):
         if end not in node:
             raise SpaceFileError(f"{where} has no {end}; a range needs low and high")
+    for switch in ("log", "integer"):
+        if not isinstance(node.get(switch, False), bool):
+            raise SpaceFileError(f"{where}.{switch} is {node[switch]!r}; expected true or false")
     low, high = as_float(node["low"], f"{where}.low"), as_float(node["high"], f"{where}.high")
     log = node.get("log", False)
     if low > high:
@@ -332,7 +336,10 @@ def _contains(distribution: BaseDistribution, value: Any) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     assert isinstance(distribution, FloatDistribution | IntDistribution)
-    return isinstance(value, int | float) and distribution.low <= value <= distribution.high
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        return False
+    whole = isinstance(distribution, FloatDistribution) or value == int(value)
+    return whole and distribution.low <= value <= distribution.high
 
 
 def _spelled(distribution: BaseDistribution) -> str:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from ccdist import checkpoint
 from search.config import SearchConfig
+from search.errors import UserError
 from search.study import sqlite_file
 
 DEFAULT_STORAGE = "runs"
 
 
-class StorageError(ValueError):
+class StorageError(UserError):
     """A storage place cannot be used."""
 
 

@@ -26,6 +26,7 @@ from search.config import (
     SearchConfig,
     TPEConfig,
 )
+from search.errors import UserError
 from search.recipe import derive_seed
 from search.records import OBJECTIVES, StudyRecord, TrialRecord, TrialResult
 from search.records import TrialState as RecordState
@@ -41,7 +42,7 @@ _STATES: dict[TrialState, RecordState] = {
 }
 
 
-class StudyError(ValueError):
+class StudyError(UserError):
     """The stored study cannot be used as asked; the text says what to do."""
 
 

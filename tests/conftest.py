@@ -6,6 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# The tensors here are too small to share: several threads on busy cores make such steps fifteen times slower.
+torch.set_num_threads(1)
+
 # Times vary on shared machines, so neither a deadline nor slow data generation fails a test.
 for name, max_examples in {"dev": 10, "ci": 50, "intense": 1000}.items():
     settings.register_profile(

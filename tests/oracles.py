@@ -65,7 +65,10 @@ def dense(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> tuple
 
 
 def logit_differences(logits: Tensor, labels: Tensor) -> Tensor:
-    rows = [[float(z[y] - z[j]) for j in range(len(z)) if j != y] for z, y in zip(logits, labels.tolist(), strict=True)]
+    rows = [
+        [row[y] - row[j] for j in range(len(row)) if j != y]
+        for row, y in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
     return torch.tensor(rows, dtype=logits.dtype)
 
 

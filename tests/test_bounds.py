@@ -1,0 +1,195 @@
+"""Interval bounds against box corners and dense matrices; elision; refusals."""
+
+import oracles
+import pytest
+import strategies
+import torch
+from contracts import BOUND_ROUNDING, BoundContract
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ccdist.batch_norm import forward, forward_collecting
+from ccdist.bounds import (
+    Trace,
+    UnsupportedLayerError,
+    interval_bounds,
+    logit_difference_lower_bounds,
+    logit_differences,
+    other_classes,
+    propagate,
+)
+from ccdist.interval import Interval
+from ccdist.networks import Network, Normalize, Residual
+
+
+class TestElidedIBP(BoundContract):
+    def lower_bounds(self, network: Network, box: Interval, labels: Tensor) -> Tensor:
+        return logit_difference_lower_bounds(network, box, labels)
+
+
+def random_box(*shape: int, seed: int = 0) -> Interval:
+    generator = torch.Generator().manual_seed(seed)
+    ends = torch.randn(2, 2, *shape, generator=generator, dtype=torch.float64)
+    return Interval(ends.amin(0), ends.amax(0))
+
+
+AFFINE_LAYERS = {
+    "linear": nn.Linear(4, 3),
+    "linear without bias": nn.Linear(4, 3, bias=False),
+    "batch norm": nn.BatchNorm1d(4),
+    "identity": nn.Identity(),
+}
+IMAGE_LAYERS = {
+    "convolution": nn.Conv2d(2, 3, 2),
+    "strided and padded": nn.Conv2d(2, 3, 2, 2, 1),
+    "groups and dilation": nn.Conv2d(2, 2, 2, padding=1, dilation=2, groups=2),
+    "average pooling": nn.AvgPool2d(2, 1),
+    "padded average pooling": nn.AvgPool2d(2, 2, 1, count_include_pad=False),
+    "batch norm": nn.BatchNorm2d(2),
+    "normalisation": Normalize([0.2, 0.4], [0.5, 2.0]),
+    "flatten": nn.Flatten(),
+    "residual": Residual(nn.Conv2d(2, 2, 3, 1, 1)),
+    "relu": nn.ReLU(),
+}
+
+
+def prepared(layer: nn.Module) -> nn.Module:
+    """Random weights and batch norm statistics, of the layer itself."""
+    strategies.randomize(Network(nn.Sequential(layer), nn.Linear(1, 2)), torch.Generator().manual_seed(1))
+    return layer
+
+
+@pytest.mark.parametrize("name", AFFINE_LAYERS)
+def test_an_affine_layer_is_exact(name: str) -> None:
+    layer, box = prepared(AFFINE_LAYERS[name]), random_box(4)
+    exact = oracles.corner_bounds(layer, box)
+    bounds = interval_bounds(layer, box)
+    torch.testing.assert_close(bounds.lower, exact.lower)
+    torch.testing.assert_close(bounds.upper, exact.upper)
+
+
+@pytest.mark.parametrize("name", IMAGE_LAYERS)
+def test_a_layer_of_images_is_exact(name: str) -> None:
+    # 2 x 2 x 2 pixels have 256 corners; the residual is the one layer that reads an input twice.
+    layer, box = prepared(IMAGE_LAYERS[name]), random_box(2, 2, 2)
+    exact = oracles.corner_bounds(layer, box)
+    bounds = interval_bounds(layer, box)
+    if name == "residual":
+        assert (bounds.lower <= exact.lower + BOUND_ROUNDING).all()
+        assert (bounds.upper >= exact.upper - BOUND_ROUNDING).all()
+        return
+    torch.testing.assert_close(bounds.lower, exact.lower)
+    torch.testing.assert_close(bounds.upper, exact.upper)
+
+
+def test_a_convolution_is_the_loop() -> None:
+    layer, box = prepared(nn.Conv2d(2, 3, 3, 2, 1)), random_box(2, 5, 4)
+    assert isinstance(layer, nn.Conv2d)
+    assert layer.bias is not None
+    bounds = interval_bounds(layer, box)
+    for low, up, center, radius in zip(bounds.lower, bounds.upper, box.center, box.radius, strict=True):
+        middle = oracles.convolution(center, layer.weight, layer.bias, 2, 1)
+        width = oracles.convolution(radius, layer.weight.abs(), torch.zeros(3), 2, 1)
+        torch.testing.assert_close(low, middle - width)
+        torch.testing.assert_close(up, middle + width)
+
+
+@given(case=strategies.cases())
+def test_every_layer_stays_inside_its_bounds(case: strategies.Case) -> None:
+    trace = Trace()
+    propagate(case.network, case.box, trace=trace)
+    entered: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])) for layer, _ in trace.steps]
+    for point in oracles.sample_box(case.box, 16, torch.Generator().manual_seed(case.seed)):
+        entered.clear()
+        case.network(point)
+        for (_, box), value in zip(trace.steps, entered, strict=True):
+            slack = BOUND_ROUNDING * (1 + value.abs())
+            assert (box.lower - slack <= value).all()
+            assert (value <= box.upper + slack).all()
+    for hook in hooks:
+        hook.remove()
+
+
+@given(case=strategies.cases(), factor=st.floats(1.01, 3))
+def test_a_larger_box_never_has_a_tighter_bound(case: strategies.Case, factor: float) -> None:
+    wider = Interval.from_center(case.box.center, factor * case.box.radius)
+    tight = logit_difference_lower_bounds(case.network, case.box, case.labels)
+    loose = logit_difference_lower_bounds(case.network, wider, case.labels)
+    assert (loose <= tight + BOUND_ROUNDING * (1 + tight.abs())).all()
+
+
+@given(case=strategies.cases())
+def test_elision_never_loses(case: strategies.Case) -> None:
+    logits = interval_bounds(case.network, case.box)
+    others = other_classes(case.labels, case.network.num_classes)
+    plain = logits.lower.gather(1, case.labels[:, None]) - logits.upper.gather(1, others)
+    elided = logit_difference_lower_bounds(case.network, case.box, case.labels)
+    assert (elided >= plain - BOUND_ROUNDING * (1 + plain.abs())).all()
+
+
+def test_elision_by_hand() -> None:
+    # One feature h in [1, 3]; z0 = 2h, z1 = h: z0 - z1 = h >= 1. Without elision 2 * 1 - 3 = -1.
+    head = nn.Linear(1, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[2.0], [1.0]]))
+        head.bias.zero_()
+    network = Network(nn.Sequential(nn.Flatten()), head)
+    box = Interval(torch.full((1, 1, 1, 1), 1.0), torch.full((1, 1, 1, 1), 3.0))
+    assert logit_difference_lower_bounds(network, box, torch.tensor([0])).tolist() == [[1.0]]
+    assert logit_difference_lower_bounds(network, box, torch.tensor([1])).tolist() == [[-3.0]]
+
+
+@given(logits=strategies.tensors(4, 5), seed=st.integers(0, 100))
+def test_differences_come_in_increasing_classes(logits: Tensor, seed: int) -> None:
+    labels = torch.randint(5, (4,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(logit_differences(logits, labels), oracles.logit_differences(logits, labels))
+    rows = other_classes(labels, 5).tolist()
+    assert rows == [[j for j in range(5) if j != y] for y in labels.tolist()]
+
+
+@given(case=strategies.cases(batch=4))
+def test_bounds_with_batch_statistics_hold_for_the_function_with_those_statistics(case: strategies.Case) -> None:
+    statistics: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        forward_collecting(case.network, case.images, statistics)
+        bounds = propagate(case.network, case.box, statistics=statistics)
+        for point in oracles.sample_box(case.box, 8, torch.Generator().manual_seed(case.seed)):
+            logits = forward(case.network, point, statistics)
+            slack = BOUND_ROUNDING * (1 + logits.abs() + bounds.upper.abs())
+            assert (bounds.lower - slack <= logits).all()
+            assert (logits <= bounds.upper + slack).all()
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), nn.Conv2d(1, 1, 3, padding="same")]
+)
+def test_padding_that_is_not_zeros_given_as_numbers_is_refused(layer: nn.Conv2d) -> None:
+    with pytest.raises(UnsupportedLayerError, match="padding"):
+        interval_bounds(layer, random_box(1, 4, 4))
+
+
+class Doubled(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = 2 * super().forward(x)
+        return out
+
+
+def test_a_container_that_computes_something_else_is_refused() -> None:
+    with pytest.raises(UnsupportedLayerError, match=r"Doubled at features\.1"):
+        interval_bounds(Network(nn.Sequential(nn.Flatten(), Doubled(nn.ReLU())), nn.Linear(4, 2)), random_box(1, 2, 2))
+
+
+def test_the_place_of_a_nested_layer_is_named() -> None:
+    body = nn.Sequential(nn.ReLU(), nn.Sigmoid())
+    network = Network(nn.Sequential(Residual(body), nn.Flatten()), nn.Linear(4, 2))
+    with pytest.raises(UnsupportedLayerError, match=r"Sigmoid at features\.0\.body\.1"):
+        interval_bounds(network, random_box(1, 2, 2))
+
+
+def test_gradients_flow_through_the_bounds() -> None:
+    network = Network(nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 2))
+    box = Interval(torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2))
+    logit_difference_lower_bounds(network, box, torch.tensor([0, 1])).sum().backward()
+    assert all(p.grad is not None for p in network.features.parameters())
