@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from search.config import SearchConfig
+from search.figures import PLOTLY_CONFIG, front_figure, save_front_png
+from search.page import write_report
 from search.records import StudyRecord
-from search.report import PLOTLY_CONFIG, front_figure, save_front_png, study_hypervolume, write_report
+from search.report import study_hypervolume
 from search.storage import Storage
 from tracking.journal import STUDY_JOURNAL, CloseRow, Journal, end_dead_trials, read_rows, save_study_info
 from tracking.sender import Delivery, Sender
@@ -29,7 +31,8 @@ def study_info(config: SearchConfig, storage: Storage) -> StudyInfo:
             "cert.reference": ", ".join(f"{value:g}" for value in config.search.hypervolume_reference),
             "cert.space": config.model_dump_json(exclude={"storage", "tracking"}),
         },
-        params={"seed": config.search.seed, "sampler": config.search.sampler.kind, "trials": config.budget.trials},
+        # Never the budget: a study may be continued with another one, and a param cannot be changed.
+        params={"seed": config.search.seed, "sampler": config.search.sampler.kind},
         description=(
             f"Search `{config.study_name}`: standard against certified accuracy on {config.data.name}, "
             f"threat {config.threat}.\n\n![front](artifact:front.png)"

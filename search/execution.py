@@ -3,6 +3,7 @@
 Apart from `search.run` because importing Ray takes seconds that a finished study need not pay.
 """
 
+import os
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,8 @@ def _fit(
     results = {trial.key: trial.objectives for trial in before.complete if trial.objectives is not None}
     progress = Progress(console, config.budget.trials, before.reference, results)
     searcher = StudySearcher(study, config.budget.trials, cluster.slots, stored_result, progress)
+    # With a searcher of one's own Tune starts one worker after the other unless told otherwise.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.slots)
     bound = tune.with_parameters(
         trainable,
         study=config.study_name,

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from search.config import SpaceFileError, load_search_config
-from search.report import front_json, front_table, write_report
+from search.page import write_report
+from search.report import front_json, front_table
 from search.storage import DEFAULT_STORAGE, StorageError, default_study_url
 from search.study import StudyError, load_record
 

@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, CorruptCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:  # before or after Tune, which has a handler of its own
+        print(f"stopped; go on with: {_command(args)}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def run(config: SearchConfig, space: Space, storage: Storage, console: Console, *, command: str) -> int:
@@ -93,7 +96,7 @@ def _load(config: SearchConfig) -> Dataset:
     try:
         return load_dataset(config.data)
     except ValueError as error:
-        raise _DataError(str(error)) from error
+        raise _DataError(" ".join(str(error).split())) from error
 
 
 def _show(record: StudyRecord, storage: Storage, console: Console) -> None:

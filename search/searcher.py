@@ -63,10 +63,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self.stop_reason: str | None = None
         self.worker_deaths: dict[str, str] = {}  # key -> reason, of trials that could not write their own end
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial to run; None: not now; FINISHED: never again."""
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial to run, as a Tune configuration; None: not now; FINISHED: never again."""
         while self.stop_reason is None and len(self._live) < self._slots:
-            if self._complete + len(self._live) >= self._target and not self._unfinished:
+            if self._complete + len(self._live) >= self._target:
                 break
             assignment = self._study.adopt(self._unfinished.popleft()) if self._unfinished else self._study.ask()
             stored = self._stored_result(assignment.key)
@@ -77,7 +77,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._listener.started(assignment.key)
             recipe = self._study.space.recipe(assignment.params, assignment.number)
             return Suggestion(assignment.key, assignment.params, recipe).to_config()
-        return None if self._live else Searcher.FINISHED
+        if self._live:
+            return None
+        if self.stop_reason is None:
+            self._give_up_unfinished()
+        return Searcher.FINISHED
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if result.get("state") == "RUNNING" and trial_id in self._live:
@@ -112,6 +116,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher with the experiment; database handles and credentials stay out of that."""
         return {}
+
+    def _give_up_unfinished(self) -> None:
+        """Trials cut off under an earlier driver that asked for more: none may stay RUNNING in a complete study."""
+        while self._unfinished:
+            self._study.tell_failed(
+                self._unfinished.popleft(), f"cut off; {self._target} trials were reached without it"
+            )
 
     def _tell(self, assignment: Assignment, result: TrialResult) -> None:
         self._study.tell(assignment.number, result)

@@ -225,7 +225,8 @@ class Space:
         return None
 
     def _check_points(self) -> None:
-        known = {path[-1] for path in _all_paths(self.tree, ())} | set(self.parameters)
+        ambiguous = {parameter.path[-1] for name, parameter in self.parameters.items() if name != parameter.path[-1]}
+        known = {path[-1] for path in _all_paths(self.tree, ())} - ambiguous | set(self.parameters)
         for index, point in enumerate(self.config.search.points):
             for name, value in point.items():
                 where = f"search.points[{index}].{name}"
@@ -241,7 +242,7 @@ class Space:
 def _suggest(trial: Suggester, name: str, distribution: BaseDistribution) -> Any:
     match distribution:
         case FloatDistribution(low=low, high=high, log=log):
-            return trial.suggest_float(name, low, high, log=log)
+            return float(trial.suggest_float(name, low, high, log=log))  # an enqueued 5 comes back as an int
         case IntDistribution(low=low, high=high, log=log):
             return trial.suggest_int(name, low, high, log=log)
         case CategoricalDistribution(choices=choices):

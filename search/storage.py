@@ -54,7 +54,7 @@ class Storage:
             StorageError: one cannot be written.
         """
         database = sqlite_file(self.study_url)
-        for folder in {self.folder, self.artifacts, *([database.parent] if database else [])}:
+        for folder in dict.fromkeys([self.folder, self.artifacts, *([database.parent] if database else [])]):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 with tempfile.NamedTemporaryFile(dir=folder):

@@ -5,8 +5,10 @@ that can be thrown away. Both objectives are maximised; this module alone says s
 """
 
 import json
+import re
 import sqlite3
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, Literal
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from ccdist.config import fingerprint
 from search.config import (
@@ -71,6 +74,7 @@ class Study:
         study = optuna.create_study(
             study_name=config.study_name, storage=_storage(url), directions=DIRECTIONS, load_if_exists=True
         )
+        _check_directions(study)
         attributes = study.user_attrs
         if "identity" not in attributes:
             # The identity is written last: a study whose making was interrupted has none, and is made again.
@@ -174,7 +178,9 @@ def make_sampler(config: SamplerConfig, seed: int) -> BaseSampler:
         case NSGA2Config(population=population):
             return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
         case NSGA3Config(population=population):
-            return optuna.samplers.NSGAIIISampler(population_size=population, seed=seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # chosen knowingly
+                return optuna.samplers.NSGAIIISampler(population_size=population, seed=seed)
         case GPConfig(startup_trials=startup):
             return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
         case RandomConfig():
@@ -212,7 +218,9 @@ def load_record(url: str, name: str) -> StudyRecord:
     storage = _storage(url)
     names = optuna.get_all_study_names(storage)
     if name not in names:
-        raise StudyError(f"no study {name!r} in {url}; studies there: {', '.join(sorted(names)) or 'none'}")
+        raise StudyError(
+            f"no study {name!r} in {without_password(url)}; studies there: {', '.join(sorted(names)) or 'none'}"
+        )
     return _record(optuna.load_study(study_name=name, storage=storage))
 
 
@@ -222,6 +230,19 @@ def sqlite_file(url: str) -> Path | None:
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
+    """The database behind a URL.
+
+    Raises:
+        StudyError: it cannot be opened, or is none.
+    """
+    try:
+        return _open_storage(url)
+    except (sqlite3.Error, SQLAlchemyError, ImportError, RuntimeError) as error:
+        reason = without_password(" ".join(str(error).split()))
+        raise StudyError(f"study database {without_password(url)} cannot be opened: {reason}") from error
+
+
+def _open_storage(url: str) -> optuna.storages.RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     database = sqlite_file(url)
     if database is None:
@@ -235,6 +256,11 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
     return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
 
 
+def without_password(text: str) -> str:
+    """The text with the password of every URL in it hidden."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+
+
 _ADVICE = "choose another name (--set name=...) or another --storage"
 
 
@@ -243,11 +269,15 @@ def _check_same(study: optuna.Study, config: SearchConfig) -> None:
     version = attributes.get("format_version")
     if version != FORMAT_VERSION:
         raise StudyError(f"study {study.study_name} has format {version}; this program reads {FORMAT_VERSION}")
-    if [direction.name.lower() for direction in study.directions] != DIRECTIONS:
-        raise StudyError(f"study {study.study_name} exists with other directions; {_ADVICE}")
+    _check_directions(study)
     if fingerprint(attributes["identity"]) != config.identity_hash:
         difference = _first_difference(attributes["identity"], json.loads(json.dumps(config.identity)))
         raise StudyError(f"study {study.study_name} exists with another space ({difference}); {_ADVICE}")
+
+
+def _check_directions(study: optuna.Study) -> None:
+    if [direction.name.lower() for direction in study.directions] != DIRECTIONS:
+        raise StudyError(f"study {study.study_name} exists with other directions; {_ADVICE}")
 
 
 def _first_difference(stored: Any, given: Any, path: str = "") -> str:

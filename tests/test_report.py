@@ -13,21 +13,26 @@ import plotly.graph_objects as go
 import pytest
 from rich.console import Console
 
-from search.records import StudyRecord, TrialRecord, TrialState
-from search.report import (
+from search.figures import (
     costs_figure,
     front_figure,
-    front_json,
-    front_table,
-    front_trials,
     hypervolume_figure,
     parameters_figure,
     save_front_png,
+)
+from search.page import write_report
+from search.records import StudyRecord, TrialRecord, TrialState
+from search.report import (
+    front_json,
+    front_table,
+    front_trials,
+    setting,
+    shared_parameters,
     study_hypervolume,
     varied_parameters,
-    write_report,
 )
 
+SETTING = "1,797 validation images of digits; threat: linf 8/255; verifier: pgd, ibp, crown; each point: n = 1 seed."
 HOSTILE = '</script><script>alert("x")</script><b>&amp;[red]$x^2$'
 
 
@@ -118,6 +123,10 @@ def rendered(record: StudyRecord, width: int = 160) -> str:
     return console.export_text()
 
 
+def table_rows(text: str) -> list[str]:
+    return [" ".join(line.split()) for line in text.splitlines() if line.startswith("key-")]
+
+
 def traces(figure: go.Figure) -> dict[str, Any]:
     return {trace.name: trace for trace in figure.data}
 
@@ -162,16 +171,49 @@ def test_json_of_no_trials() -> None:
 
 def test_table_lists_the_front_with_intervals_that_are_open() -> None:
     text = rendered(SMALL)
-    assert "3 of 4 complete trials on the front, hypervolume 0.1900 above (0.5, 0)" in text
-    assert "1,797 validation images of digits; threat: linf 8/255; verifier: pgd, ibp, crown." in text
+    assert text.startswith("digits: 3 of 4 complete trials on the front\nhypervolume 0.1900 above (0.5, 0)\n")
+    assert SETTING in text
+    assert "In all trials: alpha = 0.5, network = cnn3." in text
     assert "0.6000\u20130.6500" in text
     assert "0.5000\u2013" not in text  # trial 1 has nothing open
-    rows = [line.split("\u2502")[1].strip() for line in text.splitlines() if line.startswith("\u2502")]
-    assert rows == ["0", "1", "2"]
+    assert table_rows(text) == [
+        "key-0 0.9000 0.3100 0.3000 60",
+        "key-1 0.8000 0.5100 0.5000 60",
+        "key-2 0.6000 0.6100 0.6000\u20130.6500 60",
+    ]
+
+
+def test_table_has_one_column_for_each_parameter_and_two_parts_where_the_terminal_is_narrow() -> None:
+    params = [
+        {"loss": "no_distillation", "alpha": 0.0335217, "train_epsilon_factor": 1.2361, "l1": 1.012e-7, "epochs": 60},
+        {"loss": "cc_dist", "alpha": 0.5, "beta": 5.0, "train_epsilon_factor": 1.0, "l1": 1e-6, "epochs": 60},
+    ]
+    record = study(trial(0, 0.9, 0.3, params=params[0]), trial(1, 0.8, 0.5, params=params[1]))
+    results = ["key-0 0.9000 0.3100 0.3000 60", "key-1 0.8000 0.5100 0.5000 60"]
+    values = ["no_distillation 0.0335 1.24 1.01e-07 -", "cc_dist 0.5 1 1e-06 5"]
+    for width in (80, 120):
+        text = rendered(record, width)
+        assert all(len(line.rstrip()) <= width for line in text.splitlines())
+        # At 80 columns the parameters follow in a table of their own, each row with its trial again.
+        apart = [f"key-{i} {each}" for i, each in enumerate(values)]
+        together = [f"{left} {right}" for left, right in zip(results, values, strict=True)]
+        assert table_rows(text) == (results + apart if width == 80 else together)
+        assert "train_" in text
+        assert "epochs = 60" in text
+
+
+def test_table_of_many_parameters_is_continued_below() -> None:
+    many_params = [{f"parameter_{i}": 0.123456 * (i + 1) * k for i in range(30)} for k in (1, 2)]
+    record = study(trial(0, 0.9, 0.3, params=many_params[0]), trial(1, 0.8, 0.5, params=many_params[1]))
+    text = rendered(record, 80)
+    assert all(len(line.rstrip()) <= 80 for line in text.splitlines())
+    rows = [row.split()[1:] for row in table_rows(text) if row.startswith("key-0")]
+    assert len(rows) > 2
+    assert [cell for row in rows[1:] for cell in row] == [f"{0.123456 * (i + 1):.3g}" for i in range(30)]
 
 
 def test_table_shows_text_as_it_is() -> None:
-    assert "network = [red]x" in rendered(study(trial(0, 0.9, 0.3, params={"network": "[red]x"})))
+    assert "[red]x" in rendered(study(trial(0, 0.9, 0.3, params={"network": "[red]x"})))
 
 
 @pytest.mark.parametrize("num_trials", [0, 1, 2, 2000])
@@ -229,7 +271,16 @@ def test_every_figure_says_what_its_numbers_are(tmp_path: Path) -> None:
     captions = [part.split("</figcaption>")[0] for part in html.split("<figcaption>")[1:]]
     assert len(captions) == 4
     for caption in captions:
-        assert "1,797 validation images of digits; threat: linf 8/255; verifier: pgd, ibp, crown." in caption
+        assert SETTING in caption
+
+
+def test_the_front_alone_says_what_its_numbers_are() -> None:
+    title = front_figure(SMALL).layout.title
+    assert title.text == "digits"
+    assert "3 of 4 complete trials on the front, hypervolume 0.1900 above (0.5, 0)" in title.subtitle.text
+    assert setting(SMALL) == SETTING
+    assert SETTING in title.subtitle.text.replace("<br>", " ")
+    assert front_figure(SMALL, titled=False).layout.title.text is None
 
 
 def test_failed_trials_are_listed_with_their_reason(tmp_path: Path) -> None:
@@ -282,7 +333,8 @@ def test_parameters_are_drawn_by_their_kind() -> None:
         {"alpha": 0.1, "network": "cnn5", "fixed": 1, "distillation": False},
     ]
     record = study(*(trial(i, 0.9, 0.3 + i / 10, params=each) for i, each in enumerate(params)))
-    assert varied_parameters(record) == ["alpha", "beta", "network", "distillation"]
+    assert varied_parameters(record.trials) == ["alpha", "beta", "network", "distillation"]
+    assert shared_parameters(record.trials) == {"fixed": 1}
     (lines,) = parameters_figure(record).data
     axes = {axis.label: axis for axis in lines.dimensions}
     assert list(axes) == [
@@ -299,10 +351,15 @@ def test_parameters_are_drawn_by_their_kind() -> None:
         assert all(axis.range[0] <= value <= axis.range[1] for value in axis["values"])
 
 
+def test_accuracies_are_never_on_logarithmic_axes() -> None:
+    (lines,) = parameters_figure(study(trial(0, 0.9, 0.01), trial(1, 0.8, 0.5))).data
+    assert [axis.label for axis in lines.dimensions] == ["standard accuracy", "certified accuracy"]
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "logarithmic"), [(0.01, 0.3, False), (0.01, 0.31, True), (0.0, 1.0, False), (-5.0, 500.0, False)]
+    ("low", "high", "logarithmic"), [(0.01, 0.2, False), (0.01, 0.21, True), (0.0, 1.0, False), (-5.0, 500.0, False)]
 )
-def test_logarithmic_axes_start_above_a_factor_of_thirty(low: float, high: float, logarithmic: bool) -> None:
+def test_logarithmic_axes_start_above_a_factor_of_twenty(low: float, high: float, logarithmic: bool) -> None:
     record = study(trial(0, 0.9, 0.3, params={"rate": low}), trial(1, 0.8, 0.5, params={"rate": high}))
     (lines,) = parameters_figure(record).data
     assert lines.dimensions[0].label == ("rate (log)" if logarithmic else "rate")

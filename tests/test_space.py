@@ -229,7 +229,7 @@ def test_a_point_that_names_one_of_two_parameters_must_say_which(tmp_path: Path)
         search__points=[{"epochs": 2}],
     )
     assert "unknown parameter search.points[0].epochs" in answer
-    assert "student.epochs" in answer
+    assert answer.endswith(("did you mean student.epochs?", "did you mean teacher.epochs?"))
 
 
 def test_a_points_whole_number_may_be_written_as_a_float(tmp_path: Path) -> None:

@@ -1,0 +1,456 @@
+"""Real searches: the command line, Ray Tune with two workers, Optuna, MLflow, and what is left after a kill.
+
+Each search is its own session of processes with its own Ray, found and ended by the session's number, so that
+nothing of anybody else's is touched.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from ccdist import checkpoint
+from ccdist.data import load_dataset, to_pixels
+from ccdist.verification import accuracies, verify
+from search import front, run
+from search.recipe import Recipe
+from search.records import StudyRecord, TrialRecord
+from search.study import load_record
+from tracking.mlflow_tracker import MlflowTracker, local_store
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(240)
+
+# Trials of about two seconds: long enough to be killed in the middle, short enough to be many.
+EPOCHS = 16
+SETTINGS = [
+    "resources.concurrency=2",
+    "network.width=32",
+    "data.train_images=600",
+    "data.validation_images=80",
+    "teacher.epochs=2",
+    f"student.epochs={EPOCHS}",
+]
+PATIENCE_S = 120.0
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.02)
+
+
+@dataclass(frozen=True)
+class Process:
+    pid: int
+    title: str
+
+
+def processes_of(session: int) -> list[Process]:
+    """All living processes of a session: a driver, its Ray and the workers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            continue
+        if int(its_session) == session and state != "Z":
+            found.append(Process(int(folder.name), title))
+    return found
+
+
+def client_of(storage: Path) -> MlflowClient:
+    return MlflowTracker(*local_store(storage))._client
+
+
+@dataclass
+class Search:
+    """A storage folder, and the searches that are run in it."""
+
+    storage: Path
+    ray_folder: Path
+    settings: list[str] = field(default_factory=lambda: SETTINGS)
+
+    def arguments(self, trials: int) -> list[str]:
+        flags = [flag for setting in self.settings for flag in ("--set", setting)]
+        return ["digits", "--storage", str(self.storage), "--trials", str(trials), *flags]
+
+    @contextmanager
+    def started(self, trials: int) -> Iterator[subprocess.Popen[str]]:
+        """A running driver; at the end nothing of its session is left, or the test fails."""
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "CCDIST_DATA_DIR")
+        }
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "search.run", *self.arguments(trials)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment | {"RAY_TMPDIR": str(self.ray_folder), "COLUMNS": "200"},
+            start_new_session=True,
+        )
+        try:
+            yield driver
+            wait_for(lambda: processes_of(driver.pid) == [], "the processes of the search are gone")
+        finally:
+            for process in processes_of(driver.pid):
+                os.kill(process.pid, signal.SIGKILL)
+            driver.communicate()
+
+    def run(self, trials: int) -> tuple[int, str, str]:
+        """A search from start to end -> exit code, stdout, stderr."""
+        with self.started(trials) as driver:
+            out, err = driver.communicate(timeout=PATIENCE_S)
+        return driver.returncode, out, err
+
+    @property
+    def record(self) -> StudyRecord:
+        return load_record(f"sqlite:///{self.storage / 'study.db'}", "digits")
+
+    def by_state(self) -> dict[str, list[TrialRecord]]:
+        states: dict[str, list[TrialRecord]] = {"COMPLETE": [], "FAILED": [], "RUNNING": [], "WAITING": []}
+        for trial in self.record.trials:
+            states[trial.state].append(trial)
+        return states
+
+    def count(self, state: str) -> int:
+        """Trials of Optuna's state, read beside the running search; 0 while there is no study."""
+        try:
+            connection = sqlite3.connect(f"file:{self.storage / 'study.db'}?mode=ro", uri=True)
+        except sqlite3.OperationalError:
+            return 0
+        try:
+            found = connection.execute("SELECT count(*) FROM trials WHERE state = ?", (state,)).fetchone()
+        except sqlite3.OperationalError:
+            return 0
+        finally:
+            connection.close()
+        return int(found[0])
+
+    def in_the_middle(self) -> list[Path]:
+        """The training states of students that have some epochs behind them and some before them."""
+        return list(self.storage.glob("artifacts/digits/trials/*/state.safetensors"))
+
+    def runs(self, kind: str) -> dict[str, Run]:
+        """The runs of MLflow by their names."""
+        client = client_of(self.storage)
+        experiments = [each.experiment_id for each in client.search_experiments() if each.name != "Default"]
+        found = list(client.search_runs(experiments, f"tags.`cert.kind` = '{kind}'"))
+        names = [run.info.run_name for run in found]
+        assert len(set(names)) == len(names), f"doubled runs: {sorted(names)}"
+        return dict(zip(names, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def ray_folder() -> Iterator[Path]:
+    """A short path: Ray keeps sockets there, whose paths may have a hundred characters."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Search:
+    """A search of four trials that nothing disturbed."""
+    search = Search(tmp_path_factory.mktemp("search") / "storage", ray_folder)
+    code, out, err = search.run(4)
+    assert (code, err) == (0, ""), err
+    assert "study digits: digits, threat linf 1/10, 0 of 4 trials done, 2 at once on this machine" in out
+    assert "[4/4]" in out
+    assert "report: " in out
+    return search
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, ray_folder: Path) -> Search:
+    return Search(tmp_path / "storage", ray_folder)
+
+
+def artifact_names(run: Run) -> set[str]:
+    uri = run.info.artifact_uri
+    assert uri is not None
+    root = Path(uri.removeprefix("file://"))
+    return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+
+
+def check_mlflow(search: Search) -> None:
+    """MLflow shows the study as it is: finished runs with everything in them, none doubled, none running."""
+    record = search.record
+    (parent,) = search.runs("study").values()
+    assert parent.info.status == "FINISHED"
+    assert artifact_names(parent) >= {"front.html", "front.png", "report.html"}
+    assert parent.data.metrics["num_complete"] == len(record.complete)
+    client, children = client_of(search.storage), search.runs("trial")
+    assert {name for name, run in children.items() if run.info.status == "FINISHED"} == {
+        trial.key for trial in record.complete
+    }
+    assert {run.info.status for run in children.values()} <= {"FINISHED", "FAILED"}
+    for trial in record.complete:
+        child = children[trial.key]
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.data.tags["cert.state"] == "COMPLETE"
+        assert child.data.params == {name: str(value) for name, value in trial.params.items()}
+        for name in ("standard_accuracy", "adversarial_accuracy", "certified_accuracy", "certified_upper", "seconds"):
+            assert child.data.metrics[name] == pytest.approx(getattr(trial, name))
+        for name in ("student/loss", "validation/standard_accuracy", "student/epsilon"):
+            history = client.get_metric_history(child.info.run_id, name)
+            assert sorted(point.step for point in history) == list(range(1, EPOCHS + 1)), name
+        assert artifact_names(child) >= {
+            "student/weights.safetensors",
+            "student/network.json",
+            "verification/verdicts.parquet",
+        }
+
+
+def check_results(search: Search) -> None:
+    """Every stored number follows from the stored verdicts, and those from the stored network."""
+    for trial in search.record.complete:
+        folder = search.storage / "artifacts" / "digits" / "trials" / trial.key
+        table = pq.read_table(folder / "verdicts.parquet")
+        metadata = checkpoint.load_description(folder / "student")["metadata"]
+        recipe = Recipe.model_validate(metadata["recipe"])
+        validation = load_dataset(recipe.data).validation
+        network = checkpoint.load(folder / "student")
+        again = verify(network, to_pixels(validation.images), validation.labels, recipe.verification)
+        stored = (
+            trial.standard_accuracy,
+            trial.adversarial_accuracy,
+            trial.certified_accuracy,
+            trial.certified_upper,
+            trial.num_images,
+        )
+        for measured in (accuracies(table), accuracies(again)):
+            assert stored == (
+                measured.standard,
+                measured.adversarial,
+                measured.certified,
+                measured.certified_upper,
+                measured.num_images,
+            )
+        assert again["verdict"].equals(table["verdict"])
+        assert metadata["key"] == trial.key
+        assert recipe.student.seed == trial.seed
+        assert not list(folder.glob("*.unfinished"))
+        assert not (folder / "state.safetensors").exists()
+
+
+def check_complete(search: Search, trials: int) -> None:
+    states = search.by_state()
+    assert len(states["COMPLETE"]) == trials
+    assert states["RUNNING"] == []
+    keys = [trial.key for trial in search.record.trials]
+    assert keys == [f"digits-{number:04d}" for number in range(len(keys))]
+
+
+def test_a_search_has_exactly_its_trials(finished: Search) -> None:
+    check_complete(finished, 4)
+    record = finished.record
+    assert len(record.trials) == 4
+    assert (record.dataset, record.threat, record.num_images) == ("digits", "linf 1/10", 80)
+    for trial in record.complete:
+        assert trial.certified_accuracy is not None
+        assert trial.certified_upper is not None
+        assert trial.adversarial_accuracy is not None
+        assert trial.standard_accuracy is not None
+        assert trial.certified_accuracy <= trial.certified_upper <= trial.adversarial_accuracy
+        assert trial.adversarial_accuracy <= trial.standard_accuracy
+    assert max(trial.standard_accuracy or 0 for trial in record.complete) > 0.5  # it learned something
+
+
+def test_the_teacher_is_trained_once(finished: Search) -> None:
+    assert len(list(finished.storage.glob("artifacts/teachers/*/weights.safetensors"))) == 1
+    assert len([trial for trial in finished.record.complete if trial.costs["teacher"] > 0]) == 1
+    assert len([trial for trial in finished.record.complete if trial.params["loss"] == "cc_dist"]) >= 3
+
+
+def test_every_result_follows_from_what_is_stored(finished: Search) -> None:
+    check_results(finished)
+
+
+def test_mlflow_holds_the_whole_study(finished: Search) -> None:
+    check_mlflow(finished)
+
+
+def front_json(search: Search, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert front.main(["digits", "--storage", str(search.storage), "--json"]) == 0
+    shown: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return shown
+
+
+def test_the_front_as_json(finished: Search, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = front_json(finished, capsys)
+    assert set(shown) == {"study", "objectives", "hypervolume", "reference", "trials", "front"}
+    assert shown["study"] == "digits"
+    assert shown["objectives"] == ["standard_accuracy", "certified_accuracy"]
+    assert shown["reference"] == [0.85, 0.4]
+    assert set(shown["trials"][0]) == {
+        "key",
+        "state",
+        "params",
+        "standard_accuracy",
+        "certified_accuracy",
+        "certified_upper",
+        "adversarial_accuracy",
+        "seconds",
+        "configuration",
+        "seed",
+        "verification_state",
+    }
+    assert [trial["key"] for trial in shown["trials"]] == [f"digits-000{number}" for number in range(4)]
+    points = {trial["key"]: (trial["standard_accuracy"], trial["certified_accuracy"]) for trial in shown["trials"]}
+    beaten = {
+        key
+        for key, (standard, certified) in points.items()
+        for other in points.values()
+        if other[0] >= standard and other[1] >= certified and other != (standard, certified)
+    }
+    assert shown["front"] == sorted(set(points) - beaten)
+
+
+def test_the_same_command_again_shows_the_same_at_once(finished: Search, capsys: pytest.CaptureFixture[str]) -> None:
+    before = front_json(finished, capsys)
+    started = time.monotonic()
+    assert run.main(finished.arguments(4)) == 0
+    assert time.monotonic() - started < 10
+    captured = capsys.readouterr()
+    assert "study digits has its 4 trials already" in captured.out
+    assert captured.err == ""
+    assert front_json(finished, capsys) == before
+
+
+def test_a_killed_driver_loses_and_doubles_nothing(finished: Search) -> None:
+    """Four more trials for the finished study; the driver is killed in the middle of them and started again."""
+    four = finished.record.complete[:4]
+    with finished.started(8) as driver:
+        wait_for(
+            lambda: (
+                finished.count("COMPLETE") >= 5 and finished.count("RUNNING") >= 1 and finished.in_the_middle() != []
+            ),
+            "one trial is complete and another is in the middle",
+        )
+        driver.kill()
+        driver.wait()
+    killed = finished.by_state()
+    assert 5 <= len(killed["COMPLETE"]) < 8
+    assert killed["RUNNING"]
+    assert killed["COMPLETE"][:4] == list(four)
+    code, out, err = finished.run(8)
+    assert (code, err) == (0, ""), err
+    assert f"{len(killed['COMPLETE'])} of 8 trials done" in out
+    check_complete(finished, 8)
+    record = finished.record
+    assert len(record.trials) == 8
+    for trial in killed["COMPLETE"]:
+        assert record.trials[trial.number] == trial
+    for trial in killed["RUNNING"]:
+        resumed = record.trials[trial.number]
+        assert (resumed.key, resumed.state, resumed.params) == (trial.key, "COMPLETE", trial.params)
+    check_results(finished)
+    check_mlflow(finished)
+
+
+def test_a_loss_that_is_not_finite_ends_the_search(fresh: Search) -> None:
+    fresh.settings = [*SETTINGS, "student.l1=1.0e+39"]  # beyond float32
+    code, _, err = fresh.run(8)
+    assert code == 3
+    assert err.startswith("error: 3 trials in a row failed for the same reason: not finite: the student's loss")
+    assert err.count("\n") == 1
+    states = fresh.by_state()
+    assert len(states["FAILED"]) in (3, 4)  # the fourth ran beside the third
+    assert states["COMPLETE"] == states["RUNNING"] == []
+    assert all("not finite" in (trial.reason or "") for trial in states["FAILED"])
+    (parent,) = fresh.runs("study").values()
+    assert parent.info.status == "FAILED"
+    children = fresh.runs("trial")
+    assert set(children) == {trial.key for trial in states["FAILED"]}
+    assert {run.info.status for run in children.values()} == {"FAILED"}
+    assert all("not finite" in run.data.tags["cert.reason"] for run in children.values())
+
+
+@pytest.mark.slow
+def test_more_gpus_than_there_are_start_nothing(fresh: Search) -> None:
+    fresh.settings = [*SETTINGS, "resources.gpu=64"]
+    code, out, err = fresh.run(4)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: a trial asks for 1 CPUs and 64 GPUs, but no node has as many")
+    assert err.count("\n") == 1
+    assert not (fresh.storage / "study.db").exists()
+    assert not (fresh.storage / "mlflow").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_at_most_its_trial(fresh: Search) -> None:
+    with fresh.started(4) as driver:
+        wait_for(lambda: fresh.in_the_middle() != [], "a student is in the middle of its training")
+        workers = [process for process in processes_of(driver.pid) if process.title.startswith("ray::ImplicitFunc")]
+        assert workers
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGKILL)
+        _, err = driver.communicate(timeout=PATIENCE_S)
+        assert driver.returncode == 0, err
+    check_complete(fresh, 4)
+    assert all((trial.reason or "").startswith("worker died") for trial in fresh.by_state()["FAILED"])
+    check_results(fresh)
+    check_mlflow(fresh)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_and_the_same_command_goes_on(fresh: Search) -> None:
+    with fresh.started(5) as driver:
+        wait_for(lambda: fresh.count("COMPLETE") >= 1 and fresh.in_the_middle() != [], "a trial is in the middle")
+        os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+        out, err = driver.communicate(timeout=PATIENCE_S)
+    assert driver.returncode == 130, err
+    assert "Traceback" not in err
+    stopped = fresh.by_state()
+    assert stopped["COMPLETE"]
+    assert f"stopped after {len(stopped['COMPLETE'])} of 5 trials; go on with: python -m search.run digits" in out
+    (parent,) = fresh.runs("study").values()
+    assert parent.info.status == "KILLED"
+    assert "RUNNING" not in {run.info.status for run in fresh.runs("trial").values()}
+    code, _, err = fresh.run(5)
+    assert (code, err) == (0, ""), err
+    check_complete(fresh, 5)
+    assert fresh.by_state()["COMPLETE"][: len(stopped["COMPLETE"])] == stopped["COMPLETE"]
+    check_results(fresh)
+    check_mlflow(fresh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["no trial yet", "teacher", "first trial complete"])
+def test_a_driver_killed_early_is_continued(moment: str, fresh: Search) -> None:
+    reached = {
+        "no trial yet": lambda: fresh.count("RUNNING") + fresh.count("WAITING") >= 1,
+        "teacher": lambda: list(fresh.storage.glob("artifacts/teachers/*.lock")) != [],
+        "first trial complete": lambda: fresh.count("COMPLETE") >= 1,
+    }[moment]
+    with fresh.started(3) as driver:
+        wait_for(reached, moment)
+        driver.kill()
+        driver.wait()
+    code, _, err = fresh.run(3)
+    assert (code, err) == (0, ""), err
+    check_complete(fresh, 3)
+    assert len(fresh.record.trials) == 3
+    check_results(fresh)
+    check_mlflow(fresh)
