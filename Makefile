@@ -16,7 +16,7 @@ setup: $(VENV)/.installed
 # uv goes into a folder of its own: a machine without the venv module or with a managed Python has no other place.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@start=$$(date +%s); \
-	test -x $(UV) || $(PYTHON) -m pip install --quiet --target .uv uv==$(UV_VERSION) && \
+	test -x $(UV) || $(PYTHON) -m pip install --quiet --root-user-action=ignore --disable-pip-version-check --target .uv uv==$(UV_VERSION) && \
 	{ test -x $(BIN)/python || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV); } && \
 	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock && \
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable . && \
