@@ -173,10 +173,13 @@ def difference_weights(
 ) -> tuple[Float[Tensor, "B J D"], Float[Tensor, "B J"]]:
     """Rows W[y] - W[j] and offsets b[y] - b[j] of the head, so that differences are rows @ features + offsets."""
     others = other_classes(labels, head.out_features)
-    weight = head.weight[labels].unsqueeze(1) - head.weight[others]
+    # Embedding look-ups, not indexing: the gradient of an index sums in no fixed order when there are threads, and
+    # the same seed would give other weights each time.
+    weight = F.embedding(labels, head.weight).unsqueeze(1) - F.embedding(others, head.weight)
     if head.bias is None:
         return weight, weight.new_zeros(others.shape)
-    return weight, head.bias[labels].unsqueeze(1) - head.bias[others]
+    bias = head.bias.unsqueeze(1)
+    return weight, F.embedding(labels, bias) - F.embedding(others, bias).squeeze(2)
 
 
 def elided_lower_bounds(head: nn.Linear, feature_box: Interval, labels: Int[Tensor, " B"]) -> Float[Tensor, "B J"]:

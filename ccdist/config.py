@@ -6,6 +6,7 @@ that a recipe shortened by `epochs` keeps its shape; accuracies as fractions.
 
 import hashlib
 import json
+import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -32,15 +33,20 @@ def exact_fraction(value: Any) -> Fraction:
     """A number or text such as "2/255" or 0.1 as the fraction that its decimal digits spell."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Fraction):
         raise ValueError(f"expected a number or a fraction like 2/255, got {value!r}")
+    text = str(value).replace(" ", "")
     try:
-        return Fraction(str(value).replace(" ", ""))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"expected a number or a fraction like 2/255, got {value!r}") from None
+        # Fraction writes out what an exponent stands for: 1e300000000 would take for ever.
+        exponent = re.search(r"[eE]([+-]?\d+)$", text)
+        if len(text) > 1000 or (exponent is not None and abs(int(exponent[1])) > 400):
+            raise ValueError
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"expected a number or a fraction like 2/255, got {text[:40]}") from None
 
 
 def _epsilon(value: Any) -> Fraction:
     epsilon = exact_fraction(value)
-    if not 0 < epsilon < 1:
+    if not 0 < epsilon < 1 or float(epsilon) == 0:
         hint = f"; write {epsilon}/255 if that is what you mean" if epsilon >= 1 else ""
         raise ValueError(f"epsilon is {value}; expected a radius above 0 and below 1, since pixels are in [0, 1]{hint}")
     return epsilon
@@ -85,7 +91,9 @@ class DataConfig(Config):
     flip: bool = Field(False, description="augmentation: mirror half of the training images")
     crop_padding: int = Field(0, ge=0, description="augmentation: shift by up to so many pixels, edges repeated")
     mean: tuple[float, ...] | None = Field(None, description="normalisation a channel; None: the data set's own")
-    std: tuple[float, ...] | None = Field(None, description="normalisation a channel; None: the data set's own")
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None, description="normalisation a channel; None: the data set's own"
+    )
 
 
 class NetworkConfig(Config):

@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -205,6 +206,11 @@ def _parquet(file: Path) -> _Source:
     column = table[image_column].combine_chunks()
     if not pa.types.is_struct(column.type) or "bytes" not in [field.name for field in column.type]:
         raise ValueError(f"{file}: column {image_column} has type {column.type}; expected a struct with bytes")
+    labels = table["label"]
+    if not pa.types.is_integer(labels.type) or labels.null_count or (len(labels) and pc.min(labels).as_py() < 0):
+        raise ValueError(
+            f"{file}: labels are {labels.type} with {labels.null_count} missing; expected integers from 0 on"
+        )
     encoded = column.field("bytes")
     return _Source(
         table["label"].to_numpy(),

@@ -79,8 +79,10 @@ def exp_ibp_loss(
     Source: Exp-IBP, De Palma et al., ICLR 2024.
     """
     _check_alpha(alpha)
-    lower = cross_entropy_of_differences(lower_diffs)
-    adversarial = cross_entropy_of_differences(adv_diffs)
+    # A loss of exactly 0 has no finite gradient under a power below 1.
+    tiny = torch.finfo(adv_diffs.dtype).tiny
+    lower = cross_entropy_of_differences(lower_diffs).clamp(min=tiny)
+    adversarial = cross_entropy_of_differences(adv_diffs).clamp(min=tiny)
     return lower**alpha * adversarial ** (1 - alpha)
 
 

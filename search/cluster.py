@@ -53,9 +53,11 @@ def connected(resources: ResourcesConfig, data_bytes: int) -> Iterator[Cluster]:
         os.environ.setdefault(name, value)
     where = _init(data_bytes)
     try:
-        slots = _slots(resources)
-        if resources.concurrency != "auto":
-            slots = min(slots, resources.concurrency)
+        if resources.concurrency == "auto":
+            slots = _slots(resources)
+        else:
+            # A cluster may start nodes once trials wait for them; on this machine there is only what there is.
+            slots = resources.concurrency if where.startswith("Ray") else min(resources.concurrency, _slots(resources))
         yield Cluster(slots, where)
     finally:
         ray.shutdown()
@@ -108,7 +110,9 @@ def _slots(resources: ResourcesConfig) -> int:
         most_gpu = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
         raise ResourcesError(
             f"a trial asks for {resources.cpu:g} CPUs and {resources.gpu:g} GPUs, but no node has as many: the largest "
-            f"has {most_cpu:g} CPUs and {most_gpu:g} GPUs; lower resources.cpu or resources.gpu (--set resources.gpu=0)"
+            f"has {most_cpu:g} CPUs and {most_gpu:g} GPUs; lower resources.cpu or resources.gpu "
+            "(--set resources.gpu=0); on a cluster that starts nodes when they are needed, set "
+            "resources.concurrency to the trials wanted at once"
         )
     return slots
 

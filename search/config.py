@@ -103,7 +103,7 @@ class BudgetConfig(Config):
 class ResourcesConfig(Config):
     """What one trial holds; a fraction of a GPU is a share of its memory, enforced in the process."""
 
-    cpu: float = Field(1.0, gt=0)
+    cpu: float = Field(1.0, ge=0.001, description="cores of a trial; Ray counts to four decimals")
     gpu: float = Field(0.0, ge=0, description="0.25 packs four trials on a GPU")
     concurrency: int | Literal["auto"] = Field("auto", description="trials at once; auto: as many as fit")
 
@@ -145,7 +145,9 @@ class VerificationOptions(Config):
 class SearchConfig(Config):
     """A whole space file."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="the study's name, with the seed if it is not 0")
+    name: str = Field(
+        max_length=100, pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="the study's name, with the seed if it is not 0"
+    )
     data: DataConfig
     threat: ThreatModel
     network: dict[str, Any] = Field(description="NetworkConfig; shared by teacher and student; may hold ranges")
@@ -186,7 +188,7 @@ def find_space_file(name: str) -> Path:
         return path
     with resources.as_file(resources.files("spaces")) as folder:
         shipped = Path(folder) / f"{path.stem}.yaml"
-        if shipped.is_file():
+        if shipped.is_file() and path in (Path(path.stem), Path(shipped.name), Path("spaces") / shipped.name):
             return shipped
         known = sorted(file.stem for file in Path(folder).glob("*.yaml"))
     raise SpaceFileError(f"no space file {name}; give a path, or the name of a shipped one: {', '.join(known)}")
@@ -208,6 +210,8 @@ def load_search_config(path: Path, settings: typing.Sequence[str] = ()) -> Searc
         _apply(tree, setting)
     try:
         return SearchConfig.model_validate(tree)
+    except RecursionError:
+        raise SpaceFileError(f"space file {path} contains itself: a YAML alias refers to what it stands in") from None
     except ValidationError as error:
         raise SpaceFileError(explain(error, SearchConfig)) from error
 
@@ -247,6 +251,8 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") ->
         case "union_tag_invalid" | "union_tag_not_found":
             tags = first["ctx"].get("expected_tags", "one of its kinds")
             return f"{where}: {_shown(first['input'])} names no known kind; expected kind: {tags}"
+        case "int_from_float":
+            return f"{where}: {_shown(first['input'])} is not allowed: expected a whole number (a range: integer: true)"
         case "value_error":
             return f"{where}: {first['msg'].removeprefix('Value error, ')}"
         case _:
@@ -302,5 +308,5 @@ def as_float(value: Any, where: str) -> float:
     """
     try:
         return float(exact_fraction(value))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise SpaceFileError(f"{where}: {error}") from None

@@ -44,6 +44,7 @@ def execute(config: SearchConfig, space: Space, storage: Storage, dataset: Datas
     shared = SharedDataset.of(dataset)
     with connected(config.resources, shared.num_bytes) as cluster:
         study = Study.open(config, space, storage.study_url, dataset.fingerprint)
+        storage.claim(config.study_name, study.identifier)
         before = study.record()
         console.print(
             f"study {before.name}: {config.data.name}, threat {config.threat}, {len(before.complete)} of "
@@ -52,7 +53,11 @@ def execute(config: SearchConfig, space: Space, storage: Storage, dataset: Datas
             soft_wrap=True,
         )
         with tracked(config, storage, live_keys={trial.key for trial in before.unfinished}) as tracker:
-            searcher = _fit(study, storage, cluster, shared, console, before)
+            try:
+                searcher = _fit(study, storage, cluster, shared, console, before)
+            except BaseException:
+                close_study(study.record(), storage, "KILLED")
+                raise
             record = study.record()
             done = len(record.complete) >= config.budget.trials
             status: Status = "FINISHED" if done else "FAILED" if searcher.stop_reason else "KILLED"
@@ -102,7 +107,7 @@ def _fit(
             ),
         )
         tuner.fit()
-    for key, reason in searcher.worker_deaths.items():
+    for key, reason in searcher.silent_failures.items():
         note_failure(storage.journals(config.study_name), key, reason)
     return searcher
 

@@ -30,7 +30,9 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
-            raise LockedError(f"{path} is held by process {holder}") from None
+            raise LockedError(
+                f"{path} is held by process {holder}: that search still runs; wait for it, or stop it first"
+            ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield

@@ -17,7 +17,7 @@ from ccdist.data import Dataset, load_dataset
 from search.bookkeeping import close_study, is_settled, tracked
 from search.config import SearchConfig, find_space_file, load_search_config
 from search.errors import UserError
-from search.locks import exclusive
+from search.page import write_report
 from search.records import StudyRecord
 from search.report import front_table
 from search.space import Space
@@ -55,7 +55,7 @@ def run(config: SearchConfig, space: Space, storage: Storage, console: Console, 
         UserError, CorruptCheckpointError: something asked for is wrong; nothing was started.
     """
     storage.prepare()
-    with exclusive(storage.folder / "locks" / f"{config.study_name}.lock", wait=False):
+    with storage.only_driver(config.study_name):
         record = stored_record(config, storage.study_url)
         if record is not None and len(record.complete) >= config.budget.trials and not record.unfinished:
             return _settle(record, config, storage, console)
@@ -83,6 +83,7 @@ def _settle(record: StudyRecord, config: SearchConfig, storage: Storage, console
     if not is_settled(config, storage):
         with tracked(config, storage, live_keys=set()):
             close_study(record, storage, "FINISHED")
+    write_report(record, storage.study_folder(record.name) / "report.html")
     console.print(f"study {record.name} has its {len(record.complete)} trials already", highlight=False)
     _show(record, storage, console)
     return OK

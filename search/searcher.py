@@ -61,7 +61,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._complete, self._failed = study.num_complete(), study.num_failed()
         self._reasons: list[str] = []
         self.stop_reason: str | None = None
-        self.worker_deaths: dict[str, str] = {}  # key -> reason, of trials that could not write their own end
+        self.silent_failures: dict[str, str] = {}  # key -> reason, of trials that could not write their own end
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial to run, as a Tune configuration; None: not now; FINISHED: never again."""
@@ -88,9 +88,18 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._listener.advanced(self._live[trial_id].key, result["phase"], result["step"], result["steps"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study. Tune swallows what is raised here, so a study that cannot be written ends the search."""
         assignment = self._live.pop(trial_id, None)
         if assignment is None:
             return
+        try:
+            self._conclude(assignment, result)
+        except Exception as failure:
+            self._unfinished.append(assignment.number)
+            reason = " ".join(str(failure).split())
+            self.stop_reason = f"the study could not be written ({type(failure).__name__}: {reason}); nothing is lost"
+
+    def _conclude(self, assignment: Assignment, result: dict[str, Any] | None) -> None:
         state = (result or {}).get("state")
         if state == "COMPLETE" and result is not None:
             self._tell(assignment, TrialResult(**json.loads(result["result"])))
@@ -102,7 +111,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
                 self._tell(assignment, stored)
             else:
                 reason = "worker died: its process ended without a report (killed, or out of memory)"
-                self.worker_deaths[assignment.key] = reason
+                self.silent_failures[assignment.key] = reason
                 self._fail(assignment, reason)
 
     def save(self, checkpoint_path: str) -> None:
@@ -119,10 +128,15 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _give_up_unfinished(self) -> None:
         """Trials cut off under an earlier driver that asked for more: none may stay RUNNING in a complete study."""
+        reason = f"given up: it was cut off, and {self._target} trials were reached without it"
         while self._unfinished:
-            self._study.tell_failed(
-                self._unfinished.popleft(), f"cut off; {self._target} trials were reached without it"
-            )
+            assignment = self._study.adopt(self._unfinished.popleft())
+            stored = self._stored_result(assignment.key)
+            if stored is not None:  # it had finished: a result is never thrown away
+                self._tell(assignment, stored)
+            else:
+                self.silent_failures[assignment.key] = reason
+                self._study.tell_failed(assignment.number, reason, given_up=True)
 
     def _tell(self, assignment: Assignment, result: TrialResult) -> None:
         self._study.tell(assignment.number, result)
@@ -133,7 +147,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def _fail(self, assignment: Assignment, reason: str) -> None:
         self._study.tell_failed(assignment.number, reason)
         self._failed += 1
-        self._reasons.append(re.sub(r"\d[\d.e+-]*", "#", reason))  # steps and sizes differ, the reason does not
+        # Steps, sizes and the weights of a loss differ, the reason does not.
+        self._reasons.append(re.sub(r"\d[\d.e+-]*", "#", re.sub(r"\{[^{}]*\}", "{}", reason)))
         self._listener.failed(assignment.key, reason)
         last = self._reasons[-IDENTICAL_FAILURES:]
         if len(last) == IDENTICAL_FAILURES and len(set(last)) == 1:

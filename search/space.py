@@ -209,13 +209,25 @@ class Space:
 
     def _check_corners(self) -> None:
         """Build every corner; a mistake that only some corners show is told with the corner that shows it."""
-        corners = list(self.corners())
+        corners = [*self.corners(), *self._interior()]  # a whole number may be valid at both ends only
         mistakes = [(corner, error) for corner in corners if (error := self._mistake(corner)) is not None]
         if not mistakes:
             return
         corner, error = mistakes[0]
         ends = ", ".join(f"{name}={corner[name]}" for name in self.parameters if name in corner)
         raise SpaceFileError(error if len(mistakes) == len(corners) else f"{error} (at {ends}, a corner of the space)")
+
+    def _interior(self) -> Iterator[dict[str, Any]]:
+        """One point inside every range, for every combination of choices."""
+        for params in self._branches(self.tree, (), {}):
+            yield {name: self._inside(name) if value is None else value for name, value in params.items()}
+
+    def _inside(self, name: str) -> float | int:
+        distribution = self.parameters[name].distribution
+        assert isinstance(distribution, FloatDistribution | IntDistribution)
+        if isinstance(distribution, IntDistribution):
+            return distribution.low
+        return distribution.low + (distribution.high - distribution.low) * 0.381966
 
     def _mistake(self, corner: dict[str, Any]) -> str | None:
         try:

@@ -2,15 +2,19 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ccdist import checkpoint
 from search.config import SearchConfig
 from search.errors import UserError
+from search.locks import exclusive
 from search.study import sqlite_file
 
 DEFAULT_STORAGE = "runs"
+_TRACKING_SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql")
 
 
 class StorageError(UserError):
@@ -21,7 +25,7 @@ class StorageError(UserError):
 class Storage:
     """The places of one search, absolute, since workers may have another working directory."""
 
-    folder: Path  # lock, local tracking store
+    folder: Path  # the local tracking store
     study_url: str
     artifacts: Path
     tracking_uri: str | None  # the space file's, else MLflow's own variable; None: the local store in `folder`
@@ -34,11 +38,17 @@ class Storage:
         artifacts = None if directory else config.storage.artifacts
         if artifacts is not None and "://" in artifacts:
             raise StorageError(f"storage.artifacts is {artifacts}; expected a folder that all workers can reach")
+        tracking_uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if config.tracking.enabled and tracking_uri and not tracking_uri.startswith(_TRACKING_SCHEMES):
+            raise StorageError(
+                f"tracking.uri (or MLFLOW_TRACKING_URI) is {tracking_uri}; expected a server such as "
+                "http://host:5000, or a database URL; --set tracking.enabled=false does without"
+            )
         return cls(
             folder,
             study_url or default_study_url(folder),
             Path(artifacts).resolve() if artifacts else folder / "artifacts",
-            config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"),
+            tracking_uri,
         )
 
     def study_folder(self, study: str) -> Path:
@@ -63,6 +73,36 @@ class Storage:
                 raise StorageError(
                     f"storage {folder} cannot be written ({error.strerror}); choose another with --storage DIR"
                 ) from error
+
+    def claim(self, study: str, identifier: str) -> None:
+        """Mark the study's folder as its own, or check that it is: trials there are trusted by their keys.
+
+        Raises:
+            StorageError: the folder holds another study of that name, such as one whose database was deleted.
+        """
+        mark = self.study_folder(study) / "study.id"
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        if not mark.exists() and not (mark.parent / "trials").exists():
+            mark.write_text(identifier)
+        if not mark.exists() or mark.read_text() != identifier:
+            raise StorageError(
+                f"{mark.parent} holds the trials of another study of that name; move it away, or choose another name "
+                "(--set name=...) or another --storage"
+            )
+
+    @contextmanager
+    def only_driver(self, study: str) -> Iterator[None]:
+        """One driver for a study, whatever folder it was started from: locks beside its database and its artefacts.
+
+        Raises:
+            LockedError: another driver lives.
+        """
+        database = sqlite_file(self.study_url)
+        with ExitStack() as stack:
+            if database is not None:
+                stack.enter_context(exclusive(database.with_name(f"{database.name}.{study}.lock"), wait=False))
+            stack.enter_context(exclusive(self.artifacts / "locks" / f"{study}.lock", wait=False))
+            yield
 
     def check_unfinished(self, study: str, keys: list[str]) -> None:
         """Read every checkpoint that unfinished trials will go on from, before anything starts.

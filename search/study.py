@@ -8,6 +8,7 @@ import json
 import re
 import sqlite3
 import time
+import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -79,6 +80,7 @@ class Study:
         if "identity" not in attributes:
             # The identity is written last: a study whose making was interrupted has none, and is made again.
             study.set_user_attr("format_version", FORMAT_VERSION)
+            study.set_user_attr("id", uuid.uuid4().hex)
             study.set_user_attr("data_fingerprint", data_fingerprint)
             study.set_user_attr("started_at", time.time())
             study.set_user_attr("space", config.model_dump(mode="json"))
@@ -94,6 +96,11 @@ class Study:
         opened._enqueue_points()
         return opened
 
+    @property
+    def identifier(self) -> str:
+        """Random, made with the study: tells its artefacts from those of another study of the same name."""
+        return str(self._study.user_attrs["id"])
+
     def record(self) -> StudyRecord:
         """The study as plain values."""
         return _record(self._study)
@@ -106,7 +113,8 @@ class Study:
         return len(self._trials(TrialState.COMPLETE))
 
     def num_failed(self) -> int:
-        return len(self._trials(TrialState.FAIL))
+        """Failed trials, without those that were given up because nobody needed them."""
+        return sum(not trial.user_attrs.get("given_up") for trial in self._trials(TrialState.FAIL))
 
     def ask(self) -> Assignment:
         """Start a new trial: a waiting point if there is one, else what the sampler suggests."""
@@ -133,9 +141,10 @@ class Study:
             trial.set_constraint(name, floor - getattr(result, name))
         self._study.tell(number, [getattr(result, name) for name in OBJECTIVES])
 
-    def tell_failed(self, number: int, reason: str) -> None:
-        """Store that a trial failed, and why."""
+    def tell_failed(self, number: int, reason: str, *, given_up: bool = False) -> None:
+        """Store that a trial failed, and why; `given_up`: not by its own fault."""
         trial = self._handle(number)
+        trial.set_user_attr("given_up", given_up)
         trial.set_user_attr("reason", reason)
         trial.set_user_attr("finished_at", time.time())
         self._study.tell(number, state=TrialState.FAIL)
@@ -258,7 +267,7 @@ def _open_storage(url: str) -> optuna.storages.RDBStorage:
 
 def without_password(text: str) -> str:
     """The text with the password of every URL in it hidden."""
-    return re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    return re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
 
 
 _ADVICE = "choose another name (--set name=...) or another --storage"
@@ -266,13 +275,17 @@ _ADVICE = "choose another name (--set name=...) or another --storage"
 
 def _check_same(study: optuna.Study, config: SearchConfig) -> None:
     attributes = study.user_attrs
-    version = attributes.get("format_version")
-    if version != FORMAT_VERSION:
-        raise StudyError(f"study {study.study_name} has format {version}; this program reads {FORMAT_VERSION}")
+    _check_version(study)
     _check_directions(study)
     if fingerprint(attributes["identity"]) != config.identity_hash:
         difference = _first_difference(attributes["identity"], json.loads(json.dumps(config.identity)))
         raise StudyError(f"study {study.study_name} exists with another space ({difference}); {_ADVICE}")
+
+
+def _check_version(study: optuna.Study) -> None:
+    version = study.user_attrs.get("format_version")
+    if version != FORMAT_VERSION:
+        raise StudyError(f"study {study.study_name} has format {version}; this program reads {FORMAT_VERSION}")
 
 
 def _check_directions(study: optuna.Study) -> None:
@@ -292,6 +305,7 @@ def _record(study: optuna.Study) -> StudyRecord:
     attributes = study.user_attrs
     if "identity" not in attributes:
         raise StudyError(f"study {study.study_name} was interrupted while it was made; run its search again")
+    _check_version(study)
     config = SearchConfig.model_validate(attributes["space"])
     trials = tuple(_trial_record(study.study_name, trial) for trial in study.get_trials(deepcopy=False))
     attack = config.verification.attack

@@ -1,7 +1,6 @@
 """What Ray runs for a trial: unpack, run, report. Every failure becomes a report, so no trial ends a search."""
 
 import json
-import os
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -96,9 +95,7 @@ def trainable(
 
 def _prepare(resources: ResourcesConfig) -> torch.device:
     """Threads and memory as the trial's resources say; Ray itself only keeps the books."""
-    threads = max(1, int(resources.cpu))
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, int(resources.cpu)))
     if resources.gpu == 0:
         return torch.device("cpu")
     device = torch.device("cuda", 0)

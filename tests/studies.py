@@ -1,7 +1,9 @@
 """Small space files, and trials whose results are a formula: what the tests of `search` share."""
 
 import copy
+import functools
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import yaml
 from search.config import SearchConfig, load_search_config
 from search.records import TrialResult
 from search.space import Space
-from search.study import Study
+from search.study import Study, _storage
 
 FINGERPRINT = "0123456789abcdef"
 
@@ -76,7 +78,19 @@ def config_of(folder: Path, settings: Sequence[str] = (), **changes: Any) -> Sea
     return load_search_config(write_space(folder / "space.yaml", tree(**changes)), settings)
 
 
+@functools.cache
+def empty_database() -> bytes:
+    """A database with Optuna's tables and no study: to make them takes ten times as long as to copy them."""
+    with tempfile.TemporaryDirectory() as folder:
+        storage = _storage(f"sqlite:///{folder}/study.db")
+        storage.remove_session()
+        storage.engine.dispose()
+        return (Path(folder) / "study.db").read_bytes()
+
+
 def open_study(config: SearchConfig, database: Path, fingerprint: str = FINGERPRINT) -> Study:
+    if not database.exists():
+        database.write_bytes(empty_database())
     return Study.open(config, Space(config), f"sqlite:///{database}", fingerprint)
 
 

@@ -1,5 +1,8 @@
 """Interval bounds against box corners and dense matrices; elision; refusals."""
 
+import subprocess
+import sys
+
 import oracles
 import pytest
 import strategies
@@ -193,3 +196,28 @@ def test_gradients_flow_through_the_bounds() -> None:
     box = Interval(torch.zeros(2, 1, 2, 2), torch.ones(2, 1, 2, 2))
     logit_difference_lower_bounds(network, box, torch.tensor([0, 1])).sum().backward()
     assert all(p.grad is not None for p in network.features.parameters())
+
+
+THREADS = """
+import torch
+from torch import nn
+from ccdist.bounds import difference_weights
+torch.set_num_threads(2)
+head = nn.Linear(512, 10)
+labels = torch.arange(256) % 10
+factors = torch.rand(256, 9, 512, generator=torch.Generator().manual_seed(0))
+gradients = set()
+for _ in range(60):
+    weight, offset = difference_weights(head, labels)
+    loss = (weight * factors).sum() + (offset * factors[..., 0]).sum()
+    gradient, bias = torch.autograd.grad(loss, [head.weight, head.bias])
+    gradients.add((gradient.numpy().tobytes(), bias.numpy().tobytes()))
+print(len(gradients))
+"""
+
+
+@pytest.mark.timeout(30)
+def test_the_gradient_of_the_head_is_the_same_each_time_with_two_threads() -> None:
+    """In a process of its own: the tests themselves run with one thread."""
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

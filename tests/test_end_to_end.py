@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from search.study import load_record
 from tracking.mlflow_tracker import MlflowTracker, local_store
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(500)
 
 # Trials of about two seconds: long enough to be killed in the middle, short enough to be many.
 EPOCHS = 16
@@ -46,7 +46,16 @@ SETTINGS = [
     "teacher.epochs=2",
     f"student.epochs={EPOCHS}",
 ]
-PATIENCE_S = 120.0
+# The second trial diverges: its weight of the L1 norm is beyond float32. Two others are recipes that train.
+POINT = "loss: cc_dist, beta: 5, warm_up: 0.02, ramp: 0.5, train_epsilon_factor: 1.0"
+POINTS = ", ".join(
+    f"{{{POINT}, alpha: {alpha}, l1: {l1}}}" for alpha, l1 in [(0.05, "1.0e-6"), (0.3, "1.0e+39"), (0.3, "1.0e-6")]
+)
+DIVERGING = [
+    "student.l1={choices: [1.0e-7, 2.0e-7, 5.0e-7, 1.0e-6, 2.0e-6, 5.0e-6, 1.0e-5, 2.0e-5, 1.0e+39]}",
+    f"search.points=[{POINTS}]",
+]
+PATIENCE_S = 200.0
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:
@@ -80,6 +89,11 @@ def client_of(storage: Path) -> MlflowClient:
     return MlflowTracker(*local_store(storage))._client
 
 
+def workers_of(session: int) -> list[Process]:
+    """Those that run trials; Ray's own agents notice the end of their cluster after a minute only."""
+    return [process for process in processes_of(session) if process.title.startswith("ray::ImplicitFunc")]
+
+
 @dataclass
 class Search:
     """A storage folder, and the searches that are run in it."""
@@ -94,7 +108,7 @@ class Search:
 
     @contextmanager
     def started(self, trials: int) -> Iterator[subprocess.Popen[str]]:
-        """A running driver; at the end nothing of its session is left, or the test fails."""
+        """A running driver; at the end no worker of its session is left, or the test fails."""
         environment = {
             name: value
             for name, value in os.environ.items()
@@ -111,7 +125,7 @@ class Search:
         )
         try:
             yield driver
-            wait_for(lambda: processes_of(driver.pid) == [], "the processes of the search are gone")
+            wait_for(lambda: workers_of(driver.pid) == [], "the workers are gone")
         finally:
             for process in processes_of(driver.pid):
                 os.kill(process.pid, signal.SIGKILL)
@@ -171,12 +185,13 @@ def ray_folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Search:
-    """A search of four trials that nothing disturbed."""
-    search = Search(tmp_path_factory.mktemp("search") / "storage", ray_folder)
+    """A search of four trials that nothing disturbed; one more diverged."""
+    search = Search(tmp_path_factory.mktemp("search") / "storage", ray_folder, [*SETTINGS, *DIVERGING])
     code, out, err = search.run(4)
     assert (code, err) == (0, ""), err
     assert "study digits: digits, threat linf 1/10, 0 of 4 trials done, 2 at once on this machine" in out
     assert "[4/4]" in out
+    assert "digits-0001  FAILED  not finite: the student's loss" in out
     assert "report: " in out
     return search
 
@@ -201,10 +216,10 @@ def check_mlflow(search: Search) -> None:
     assert artifact_names(parent) >= {"front.html", "front.png", "report.html"}
     assert parent.data.metrics["num_complete"] == len(record.complete)
     client, children = client_of(search.storage), search.runs("trial")
-    assert {name for name, run in children.items() if run.info.status == "FINISHED"} == {
-        trial.key for trial in record.complete
+    statuses = {"COMPLETE": "FINISHED", "FAILED": "FAILED"}
+    assert {name: run.info.status for name, run in children.items()} == {
+        trial.key: statuses[trial.state] for trial in record.trials
     }
-    assert {run.info.status for run in children.values()} <= {"FINISHED", "FAILED"}
     for trial in record.complete:
         child = children[trial.key]
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -254,18 +269,17 @@ def check_results(search: Search) -> None:
         assert not (folder / "state.safetensors").exists()
 
 
-def check_complete(search: Search, trials: int) -> None:
+def check_complete(search: Search, trials: int, failed: Sequence[str] = ()) -> None:
     states = search.by_state()
     assert len(states["COMPLETE"]) == trials
-    assert states["RUNNING"] == []
-    keys = [trial.key for trial in search.record.trials]
-    assert keys == [f"digits-{number:04d}" for number in range(len(keys))]
+    assert states["RUNNING"] == states["WAITING"] == []
+    assert [trial.key for trial in states["FAILED"]] == list(failed)
+    assert [trial.key for trial in search.record.trials] == [f"digits-{i:04d}" for i in range(trials + len(failed))]
 
 
 def test_a_search_has_exactly_its_trials(finished: Search) -> None:
-    check_complete(finished, 4)
+    check_complete(finished, 4, failed=["digits-0001"])
     record = finished.record
-    assert len(record.trials) == 4
     assert (record.dataset, record.threat, record.num_images) == ("digits", "linf 1/10", 80)
     for trial in record.complete:
         assert trial.certified_accuracy is not None
@@ -277,10 +291,23 @@ def test_a_search_has_exactly_its_trials(finished: Search) -> None:
     assert max(trial.standard_accuracy or 0 for trial in record.complete) > 0.5  # it learned something
 
 
+def test_a_loss_that_is_not_finite_fails_its_trial_only(finished: Search) -> None:
+    trial = finished.record.trials[1]
+    assert trial.state == "FAILED"
+    assert trial.reason is not None
+    assert trial.reason.startswith("not finite: the student's loss or gradient is not finite at step 0")
+    assert trial.objectives is None
+    run = finished.runs("trial")["digits-0001"]
+    assert run.info.status == "FAILED"
+    assert run.data.tags["cert.reason"] == trial.reason
+    assert "standard_accuracy" not in run.data.metrics
+
+
 def test_the_teacher_is_trained_once(finished: Search) -> None:
     assert len(list(finished.storage.glob("artifacts/teachers/*/weights.safetensors"))) == 1
-    assert len([trial for trial in finished.record.complete if trial.costs["teacher"] > 0]) == 1
-    assert len([trial for trial in finished.record.complete if trial.params["loss"] == "cc_dist"]) >= 3
+    payers = [trial for trial in finished.record.complete if trial.costs["teacher"] > 0]
+    assert len(payers) <= 1  # none, when it was the trial that diverged
+    assert len([trial for trial in finished.record.trials if trial.params["loss"] == "cc_dist"]) >= 3
 
 
 def test_every_result_follows_from_what_is_stored(finished: Search) -> None:
@@ -316,8 +343,13 @@ def test_the_front_as_json(finished: Search, capsys: pytest.CaptureFixture[str])
         "seed",
         "verification_state",
     }
-    assert [trial["key"] for trial in shown["trials"]] == [f"digits-000{number}" for number in range(4)]
-    points = {trial["key"]: (trial["standard_accuracy"], trial["certified_accuracy"]) for trial in shown["trials"]}
+    assert [trial["key"] for trial in shown["trials"]] == [f"digits-000{number}" for number in range(5)]
+    assert [trial["state"] for trial in shown["trials"]] == ["COMPLETE", "FAILED", *["COMPLETE"] * 3]
+    points = {
+        trial["key"]: (trial["standard_accuracy"], trial["certified_accuracy"])
+        for trial in shown["trials"]
+        if trial["state"] == "COMPLETE"
+    }
     beaten = {
         key
         for key, (standard, certified) in points.items()
@@ -357,19 +389,20 @@ def test_a_killed_driver_loses_and_doubles_nothing(finished: Search) -> None:
     code, out, err = finished.run(8)
     assert (code, err) == (0, ""), err
     assert f"{len(killed['COMPLETE'])} of 8 trials done" in out
-    check_complete(finished, 8)
+    check_complete(finished, 8, failed=["digits-0001"])
     record = finished.record
-    assert len(record.trials) == 8
     for trial in killed["COMPLETE"]:
         assert record.trials[trial.number] == trial
     for trial in killed["RUNNING"]:
         resumed = record.trials[trial.number]
-        assert (resumed.key, resumed.state, resumed.params) == (trial.key, "COMPLETE", trial.params)
+        assert (resumed.key, resumed.state) == (trial.key, "COMPLETE")
+        assert resumed.params | trial.params == resumed.params  # the kill may have cut off their drawing
     check_results(finished)
     check_mlflow(finished)
 
 
-def test_a_loss_that_is_not_finite_ends_the_search(fresh: Search) -> None:
+@pytest.mark.slow
+def test_three_trials_that_are_not_finite_end_the_search(fresh: Search) -> None:
     fresh.settings = [*SETTINGS, "student.l1=1.0e+39"]  # beyond float32
     code, _, err = fresh.run(8)
     assert code == 3
@@ -402,14 +435,16 @@ def test_more_gpus_than_there_are_start_nothing(fresh: Search) -> None:
 def test_a_killed_worker_costs_at_most_its_trial(fresh: Search) -> None:
     with fresh.started(4) as driver:
         wait_for(lambda: fresh.in_the_middle() != [], "a student is in the middle of its training")
-        workers = [process for process in processes_of(driver.pid) if process.title.startswith("ray::ImplicitFunc")]
+        workers = workers_of(driver.pid)
         assert workers
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
         _, err = driver.communicate(timeout=PATIENCE_S)
         assert driver.returncode == 0, err
-    check_complete(fresh, 4)
-    assert all((trial.reason or "").startswith("worker died") for trial in fresh.by_state()["FAILED"])
+    deaths = fresh.by_state()["FAILED"]
+    assert len(deaths) <= 2
+    assert all((trial.reason or "").startswith("worker died") for trial in deaths)
+    check_complete(fresh, 4, failed=[trial.key for trial in deaths])
     check_results(fresh)
     check_mlflow(fresh)
 
@@ -451,6 +486,5 @@ def test_a_driver_killed_early_is_continued(moment: str, fresh: Search) -> None:
     code, _, err = fresh.run(3)
     assert (code, err) == (0, ""), err
     check_complete(fresh, 3)
-    assert len(fresh.record.trials) == 3
     check_results(fresh)
     check_mlflow(fresh)

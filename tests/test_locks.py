@@ -29,7 +29,7 @@ def test_the_holder_is_named_and_the_end_frees_the_lock(tmp_path: Path) -> None:
     for _ in range(2):
         with exclusive(path, wait=False):
             with (
-                pytest.raises(LockedError, match=rf"a\.lock is held by process {os.getpid()}$"),
+                pytest.raises(LockedError, match=rf"a\.lock is held by process {os.getpid()}:"),
                 exclusive(path, wait=False),
             ):
                 pass

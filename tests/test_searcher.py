@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages import InMemoryStorage
 from ray.tune.search import Searcher
 from studies import closed_form, config_of, open_study, result
 
@@ -40,6 +41,13 @@ class Log:
 
     def keys(self, kind: str) -> list[str]:
         return [event[1] for event in self.events if event[0] == kind]
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database of each URL in memory, for the time of a test: opened again, it is the same one."""
+    stores: dict[str, InMemoryStorage] = {}
+    monkeypatch.setattr("search.study._storage", lambda url: stores.setdefault(url, InMemoryStorage()))
 
 
 @pytest.fixture
@@ -143,7 +151,8 @@ def test_three_identical_failures_in_a_row_end_the_search(study: Study, log: Log
     steps = iter(range(10, 1000, 7))
 
     def outcome(suggestion: Suggestion) -> dict[str, Any]:
-        return failed(f"not finite: at step {next(steps)}, epsilon 1.5e-0{next(steps)}")
+        loss = suggestion.recipe.student.loss.model_dump(mode="json")
+        return failed(f"not finite: at step {next(steps)}, epsilon 1.5e-0{next(steps)}, {loss}; try less")
 
     searcher = searcher_of(study, log, target=20, slots=1)
     drive(searcher, outcome, 1)
@@ -241,7 +250,7 @@ def test_a_dead_worker_is_a_failure_with_a_reason(
     assert trial.state == "FAILED"
     assert trial.reason is not None
     assert trial.reason.startswith("worker died")
-    assert searcher.worker_deaths == {"tiny-0000": trial.reason}
+    assert searcher.silent_failures == {"tiny-0000": trial.reason}
 
 
 def test_a_worker_that_died_after_its_result_has_finished(study: Study, log: Log) -> None:
@@ -252,7 +261,7 @@ def test_a_worker_that_died_after_its_result_has_finished(study: Study, log: Log
     stored |= results
     searcher.on_trial_complete("tune0", None, error=True)
     assert study.record().trials[0].objectives == (0.7, 0.3)
-    assert searcher.worker_deaths == {}
+    assert searcher.silent_failures == {}
     assert log.keys("finished") == ["tiny-0000"]
 
 
@@ -301,7 +310,37 @@ def test_no_trial_stays_running_when_less_is_asked_for_than_was_started(tmp_path
     again = open_study(config_of(tmp_path), tmp_path / "study.db")
     drive(searcher_of(again, log, target=2), succeed)
     assert states(again) == ["COMPLETE", "COMPLETE", "FAILED"]
-    assert again.record().trials[2].reason == "cut off; 2 trials were reached without it"
+    assert again.record().trials[2].reason == "given up: it was cut off, and 2 trials were reached without it"
+    assert again.num_failed() == 0  # nobody's fault: it does not use up what a search may lose
+
+
+def test_a_given_up_trial_that_had_finished_keeps_its_result(study: Study, log: Log, tmp_path: Path) -> None:
+    study.tell(study.ask().number, result())
+    cut_off = study.ask().key
+    again = open_study(config_of(tmp_path), tmp_path / "study.db")
+    searcher = StudySearcher(again, 1, 1, lambda key: result() if key == cut_off else None, log)
+    assert searcher.suggest("tune0") == StudySearcher.FINISHED
+    assert states(again) == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_study_that_cannot_be_written_ends_the_search_and_loses_nothing(
+    tmp_path: Path, study: Study, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune swallows what on_trial_complete raises; the trial must neither count nor be forgotten."""
+    searcher = searcher_of(study, log, target=2, slots=1)
+    suggestion = Suggestion.from_config(searcher.suggest("tune0"))
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "tell", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        searcher.on_trial_complete("tune0", succeed(suggestion))
+    assert searcher.stop_reason is not None
+    assert "disk full" in searcher.stop_reason
+    assert searcher.suggest("tune1") == StudySearcher.FINISHED
+    again = open_study(config_of(tmp_path), tmp_path / "study.db")
+    assert again.unfinished() == [0]
+    stored = {suggestion.key: result()}
+    searcher = StudySearcher(again, 1, 1, stored.get, log)
+    assert searcher.suggest("tune2") == StudySearcher.FINISHED
+    assert states(again) == ["COMPLETE", "WAITING"]
 
 
 def test_progress_reaches_the_listener(study: Study, log: Log) -> None:

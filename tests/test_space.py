@@ -294,3 +294,11 @@ def test_the_tree_of_the_file_is_not_changed(tmp_path: Path) -> None:
     space.recipe(space.suggest(FakeTrial()), 0)
     assert repr(space.tree) == given_tree
     assert repr(TREE) == before
+
+
+def test_a_range_of_a_whole_number_needs_to_say_so(tmp_path: Path) -> None:
+    """Both ends are whole, so the corners alone would pass."""
+    text = mistake(tmp_path, student__epochs={"low": 2, "high": 4})
+    assert "student.epochs" in text
+    assert "integer: true" in text
+    assert space_of(tmp_path, student__epochs={"low": 2, "high": 4, "integer": True})

@@ -309,17 +309,17 @@ def test_random_suggestions_depend_on_seed_and_number_only(config: SearchConfig,
 def test_every_sampler_goes_past_its_start_up(sampler: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(tmp_path, search__sampler=sampler, search__floors={"standard_accuracy": 0.6})
     study = open_study(config, tmp_path / "study.db")
-    for number in range(9):
+    for number in range(7):
         assignment = study.ask()
-        ahead = study.ask() if number == 6 else None  # another one runs
+        ahead = study.ask() if number == 5 else None  # another one runs
         study.space.recipe(assignment.params, assignment.number)
         study.tell(assignment.number, closed_form(assignment.params))
         if ahead is not None:
             study.tell_failed(ahead.number, "why")
     record = study.record()
-    assert len(record.complete) == 9
-    assert len({trial.params["alpha"] for trial in record.trials}) > 5  # children may have a parent's value
-    assert len({trial.seed for trial in record.trials}) == 10
+    assert len(record.complete) == 7
+    assert len({trial.params["alpha"] for trial in record.trials}) > 4  # children may have a parent's value
+    assert len({trial.seed for trial in record.trials}) == 8
     # An adopted trial goes through the same sampler.
     running = study.ask()
     assert open_study(config, tmp_path / "study.db").adopt(running.number) == running
@@ -328,10 +328,10 @@ def test_every_sampler_goes_past_its_start_up(sampler: dict[str, Any], tmp_path:
 def test_a_model_suggests_what_pays(tmp_path: Path) -> None:
     """Most of the trials of TPE, after its start, are above the median of random ones."""
     config = config_of(tmp_path, search__sampler="tpe", search__points=[])
-    found = suggestions(config, tmp_path / "study.db", 40, reopen=False)
+    found = suggestions(config, tmp_path / "study.db", 30, reopen=False)
     late = [closed_form(params).standard_accuracy + closed_form(params).certified_accuracy for params in found[10:]]
     early = [closed_form(params).standard_accuracy + closed_form(params).certified_accuracy for params in found[:10]]
-    assert sum(late) / 30 > sum(early) / 10
+    assert sum(late) / 20 > sum(early) / 10
 
 
 def test_floors_are_constraints(tmp_path: Path) -> None:
