@@ -31,7 +31,9 @@ def validate(cluster: dict[str, Any]) -> None:
 
 
 def test_ray_accepts_the_file(cluster: dict[str, Any]) -> None:
-    validate(cluster)
+    before = copy.deepcopy(cluster)
+    validate(cluster)  # raises where the file breaks Ray's schema
+    assert cluster == before
 
 
 def with_an_unknown_key(cluster: dict[str, Any]) -> None:

@@ -171,11 +171,15 @@ def test_a_loss_is_chosen_by_its_kind(kind: str) -> None:
 
 
 def test_defaults_are_valid_by_themselves() -> None:
-    StudentConfig.model_validate(STUDENT)
-    TeacherConfig(epochs=1)
-    VerifyConfig(threat=ThreatModel(epsilon="1/255"))
-    CyclicConfig(peak=0.1)
-    AttackConfig(steps=1, step_size=1.0)
+    configs = [
+        StudentConfig.model_validate(STUDENT),
+        TeacherConfig(epochs=1),
+        VerifyConfig(threat=ThreatModel(epsilon="1/255")),
+        CyclicConfig(peak=0.1),
+        AttackConfig(steps=1, step_size=1.0),
+    ]
+    for config in configs:
+        assert type(config).model_validate(config.model_dump()) == config
 
 
 def names_read_in_the_package() -> set[str]:

@@ -77,7 +77,7 @@ def test_a_child_process_does_not_inherit_the_lock(tmp_path: Path) -> None:
     with exclusive(tmp_path / "lock", wait=False):
         child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     try:
-        with exclusive(tmp_path / "lock", wait=False):
-            pass
+        with exclusive(tmp_path / "lock", wait=False):  # raises LockedError if the child holds it
+            assert child.poll() is None
     finally:
         child.communicate()

@@ -180,7 +180,7 @@ class MlflowTracker:
         if not self._uri.startswith(("http://", "https://")):
             return None
         with self._session():
-            # Without the workflow type the page opens on traces of language models.
+            # Without the workflow type the page opens on the trace dashboard.
             page = f"#/experiments/{self._experiment()}/runs/{self._parent()}?workflowType=machine_learning"
             return f"{_without_login(self._uri).rstrip('/')}/{page}"
 

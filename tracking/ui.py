@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tracking.mlflow_tracker import experiment_ids, local_store, prepare_environment
 
-_WORKFLOW = "workflowType=machine_learning"  # without it the pages open on traces of language models
+_WORKFLOW = "workflowType=machine_learning"  # without it the pages open on the trace dashboard
 
 
 def server_command(storage: Path, host: str, port: int) -> list[str]:
