@@ -7,7 +7,7 @@ pass and the interval bounds, so a bound always describes the function that the 
 Shapes: `B` batch, `C` channels.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -86,40 +86,31 @@ def forward_collecting(module: nn.Module, x: Tensor, statistics: Statistics) -> 
 
 def _collect(layer: BatchNorm, x: Tensor, statistics: Statistics) -> Tensor:
     count = x.numel() // x.shape[1]
+    dims = [0, *range(2, x.dim())]
+    variance, mean = torch.var_mean(x, dims, correction=0)
+    statistics[layer] = (mean, variance)
+    update_running_statistics(layer, mean, variance, count)
+    scale, shift = scale_and_shift(layer, statistics)
+    return x * per_channel(scale, x) + per_channel(shift, x)
+
+
+@torch.no_grad()
+def update_running_statistics(layer: BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Move the running statistics towards those of one batch of `count` values a channel, as PyTorch does.
+
+    Raises:
+        ValueError: a channel has one value only, so it has no variance.
+    """
     if count < 2:
         raise ValueError(
             f"batch norm over {count} value a channel has no variance: the last batch has one image; "
             "choose a batch size that leaves at least two"
         )
-    dims = [0, *range(2, x.dim())]
-    variance, mean = torch.var_mean(x, dims, correction=0)
-    statistics[layer] = (mean, variance)
     if layer.running_mean is not None and layer.running_var is not None:
-        with torch.no_grad():
-            momentum = 0.1 if layer.momentum is None else layer.momentum
-            layer.running_mean.lerp_(mean, momentum)
-            layer.running_var.lerp_(variance * (count / (count - 1)), momentum)
-    scale, shift = scale_and_shift(layer, statistics)
-    return x * per_channel(scale, x) + per_channel(shift, x)
+        momentum = 0.1 if layer.momentum is None else layer.momentum
+        layer.running_mean.lerp_(mean, momentum)
+        layer.running_var.lerp_(variance * (count / (count - 1)), momentum)
 
 
 def batch_norm_layers(module: nn.Module) -> Iterator[BatchNorm]:
     return (layer for layer in module.modules() if isinstance(layer, BatchNorm))
-
-
-@torch.no_grad()
-def recompute_running_statistics(network: Network, batches: Iterable[Tensor]) -> None:
-    """Set running statistics to the plain average of batch statistics over all batches ("population").
-
-    Source: CTBench's option of the same purpose (METHOD section B.2).
-    """
-    layers = list(batch_norm_layers(network))
-    momenta = [layer.momentum for layer in layers]
-    try:
-        for index, images in enumerate(batches):
-            for layer in layers:
-                layer.momentum = 1 / (index + 1)  # a cumulative average: the first batch replaces what was there
-            forward_collecting(network, images, {})
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum

@@ -1,50 +1,36 @@
 """What one training and one verification are made of: frozen, validated, hashable.
 
-Units: epsilon in [0, 1] pixels, read as an exact fraction ("2/255"); durations as fractions of all epochs, so
-that a recipe shortened by `epochs` keeps its shape; accuracies as fractions.
+Units: epsilon in pixels of [0, 1] (for l2 a Euclidean length), read as an exact fraction ("2/255"); durations as
+fractions of all epochs, so that a recipe shortened by `epochs` keeps its shape; accuracies as fractions.
 """
 
-import hashlib
-import json
-import re
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from ccdist.activations import Activation
 from ccdist.attacks import Keep
+from ccdist.fields import Config as Config
+from ccdist.fields import Share, as_text
+from ccdist.fields import exact_fraction as exact_fraction
+from ccdist.fields import fingerprint as fingerprint
+from ccdist.loss_config import LossConfig
 from ccdist.networks import ARCHITECTURES, Initialization
+from ccdist.optimizer_config import (
+    AdamConfig,
+    LearningRateConfig,
+    MultiStepConfig,
+    OptimizerConfig,
+    WeightAveragingConfig,
+)
+from ccdist.threats import Norm
+
+# The diameter of an image is the root of its number of values: 111 for 64 x 64 pixels in colour.
+LARGEST_L2_EPSILON = 1000
 
 
-class Config(BaseModel):
-    """Base of every configuration: nothing unknown, nothing changed later, defaults checked too."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-def fingerprint(value: BaseModel | dict[str, Any]) -> str:
-    """Hash of the canonical JSON: the identity of a configuration."""
-    data = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def exact_fraction(value: Any) -> Fraction:
-    """A number or text such as "2/255" or 0.1 as the fraction that its decimal digits spell."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str | Fraction):
-        raise ValueError(f"expected a number or a fraction like 2/255, got {value!r}")
-    text = str(value).replace(" ", "")
-    try:
-        # Fraction writes out what an exponent stands for: 1e300000000 would take for ever.
-        exponent = re.search(r"[eE]([+-]?\d+)$", text)
-        if len(text) > 1000 or (exponent is not None and abs(int(exponent[1])) > 400):
-            raise ValueError
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"expected a number or a fraction like 2/255, got {text[:40]}") from None
-
-
-def _epsilon(value: Any) -> Fraction:
+def _linf_epsilon(value: Any) -> Fraction:
     epsilon = exact_fraction(value)
     if not 0 < epsilon < 1 or float(epsilon) == 0:
         hint = f"; write {epsilon}/255 if that is what you mean" if epsilon >= 1 else ""
@@ -52,23 +38,31 @@ def _epsilon(value: Any) -> Fraction:
     return epsilon
 
 
-def _share(value: Any) -> Fraction:
-    share = exact_fraction(value)
-    if not 0 <= share <= 1:
-        raise ValueError(f"{value} is not in [0, 1]; expected a fraction of all epochs, such as 0.5 or 1/160")
-    return share
-
-
-_as_text = PlainSerializer(str, return_type=str)
-Epsilon = Annotated[Fraction, BeforeValidator(_epsilon), _as_text]
-Share = Annotated[Fraction, BeforeValidator(_share), _as_text]
+def _l2_epsilon(value: Any) -> Fraction:
+    epsilon = exact_fraction(value)
+    if not 0 < epsilon <= LARGEST_L2_EPSILON or float(epsilon) == 0:
+        raise ValueError(
+            f"epsilon is {value}; expected a Euclidean radius above 0 and up to {LARGEST_L2_EPSILON}, "
+            "since pixels are in [0, 1]"
+        )
+    return epsilon
 
 
 class ThreatModel(Config):
-    """Which perturbations count."""
+    """Which perturbations count, always inside the pixel range."""
 
-    norm: Literal["linf"] = Field("linf", description="l_inf: every pixel moves by at most epsilon")
-    epsilon: Epsilon = Field(description="radius in [0, 1] pixel units, exact: 2/255, never 2")
+    norm: Norm = Field(
+        "linf", description="linf: every pixel moves by at most epsilon; l2: the image by a Euclidean length of epsilon"
+    )
+    epsilon: Annotated[Fraction, as_text] = Field(
+        description="radius in pixel units, exact: 2/255, never 2; below 1 for linf, for l2 it may exceed 1"
+    )
+
+    @field_validator("epsilon", mode="before")
+    @classmethod
+    def _in_the_range_of_its_norm(cls, value: Any, info: Any) -> Fraction:
+        # info is a ValidationInfo, a protocol that the run-time check of the tests cannot read.
+        return _l2_epsilon(value) if info.data.get("norm") == "l2" else _linf_epsilon(value)
 
     @property
     def radius(self) -> float:
@@ -84,7 +78,7 @@ class DataConfig(Config):
 
     name: str = Field(description="digits, mnist, fashion_mnist, cifar10; any other name needs a path")
     path: str | None = Field(None, description="folder with train.parquet and test.parquet")
-    validation: float = Field(0.2, gt=0, lt=1, description="share of the training set held out")
+    validation: float = Field(0.2, ge=0, lt=1, description="share of the training set held out; 0: train on all of it")
     split_seed: int = Field(0, ge=0, description="seed of the split; the same for every trial and study")
     train_images: int | None = Field(None, ge=2, description="use only so many training images; None: all")
     validation_images: int | None = Field(None, ge=1, description="use only so many validation images; None: all")
@@ -101,6 +95,7 @@ class NetworkConfig(Config):
 
     name: str = Field("cnn7", description=f"one of {', '.join(ARCHITECTURES)}")
     width: int | None = Field(None, ge=1, description="channels of the first layer; None: the network's own")
+    activation: Activation = Field("relu", description="after every layer but the head")
 
     @model_validator(mode="after")
     def _known(self) -> "NetworkConfig":
@@ -110,16 +105,19 @@ class NetworkConfig(Config):
 
 
 class AttackConfig(Config):
-    """PGD: steps relative to the half width of the box."""
+    """PGD: steps relative to the half width of the box, or to the radius of the l_2 ball."""
 
     steps: int = Field(ge=1, description="gradient steps")
-    step_size: float = Field(gt=0, description="relative to the box's half width; 2 or more reaches a corner")
+    step_size: float = Field(
+        gt=0, description="relative to the box's half width (2 or more reaches a corner) or the ball's radius"
+    )
     restarts: int = Field(1, ge=1, description="independent random starts")
 
 
 class TrainingAttackConfig(AttackConfig):
     """The attack inside a training step."""
 
+    kind: Literal["pgd"] = "pgd"
     kappa: float = Field(1.0, gt=0, le=4, description="the box is that of kappa * epsilon")
     keep: Keep = Field("best", description="the iterate with the highest loss, or the last one")
 
@@ -130,73 +128,32 @@ class TrainingAttackConfig(AttackConfig):
         return self
 
 
-class AdamConfig(Config):
-    kind: Literal["adam"] = "adam"
-    weight_decay: float = Field(0.0, ge=0)
+class NoisyFGSMConfig(Config):
+    """N-FGSM: uniform noise, then one signed gradient step; not projected to the epsilon box, only to the pixels."""
+
+    kind: Literal["n_fgsm"] = "n_fgsm"
+    noise: float = Field(2.0, ge=0, description="half width of the noise relative to epsilon")
+    step_size: float = Field(1.0, gt=0, description="the step relative to epsilon")
 
 
-class SGDConfig(Config):
-    kind: Literal["sgd"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(5e-4, ge=0)
+class NoAttackConfig(Config):
+    """Training on the images as they are."""
+
+    kind: Literal["none"] = "none"
 
 
-class MultiStepConfig(Config):
-    """Constant, multiplied by `decay` at each drop."""
-
-    kind: Literal["multi_step"] = "multi_step"
-    initial: float = Field(5e-4, gt=0, le=10, description="learning rate at the start")
-    decay: float = Field(0.2, gt=0, le=1)
-    drops: tuple[Share, ...] = Field(
-        (), description="where to drop, as shares of the epochs that remain after the epsilon ramp"
-    )
+def _attack_kind(value: Any) -> str:
+    """PGD needs no `kind`: it is what every attack of a student is."""
+    kind = value.get("kind", "pgd") if isinstance(value, dict) else getattr(value, "kind", "pgd")
+    return str(kind)
 
 
-class CyclicConfig(Config):
-    """A triangle over the whole training: up for half of the steps, down for the other half."""
-
-    kind: Literal["cyclic"] = "cyclic"
-    peak: float = Field(gt=0, le=10)
-    floor: float = Field(0.0, ge=0, le=10)
-
-    @model_validator(mode="after")
-    def _peak_is_above(self) -> "CyclicConfig":
-        if self.floor > self.peak:
-            raise ValueError(f"floor {self.floor} is above peak {self.peak}; exchange them")
-        return self
-
-
-OptimizerConfig = Annotated[AdamConfig | SGDConfig, Field(discriminator="kind")]
-LearningRateConfig = Annotated[MultiStepConfig | CyclicConfig, Field(discriminator="kind")]
-
-
-class CCDistConfig(Config):
-    """CC-IBP plus feature distillation."""
-
-    kind: Literal["cc_dist"] = "cc_dist"
-    alpha: float = Field(ge=0, le=1, description="weight of the bounds: 0 adversarial, 1 IBP")
-    beta: float = Field(ge=0, description="distillation weight")
-    alpha_dist: Literal["alpha"] | Annotated[float, Field(ge=0, le=1)] = Field(
-        "alpha", description="weight of the bounds in the distillation term: alpha's own value or a number"
-    )
-
-
-class CCIBPConfig(Config):
-    kind: Literal["cc_ibp"] = "cc_ibp"
-    alpha: float = Field(ge=0, le=1, description="weight of the bounds: 0 adversarial, 1 IBP")
-
-
-class MTLIBPConfig(Config):
-    kind: Literal["mtl_ibp"] = "mtl_ibp"
-    alpha: float = Field(ge=0, le=1, description="weight of the bounds: 0 adversarial, 1 IBP")
-
-
-class ExpIBPConfig(Config):
-    kind: Literal["exp_ibp"] = "exp_ibp"
-    alpha: float = Field(ge=0, le=1, description="weight of the bounds: 0 adversarial, 1 IBP")
-
-
-LossConfig = Annotated[CCDistConfig | CCIBPConfig | MTLIBPConfig | ExpIBPConfig, Field(discriminator="kind")]
+TeacherAttackConfig = Annotated[
+    Annotated[TrainingAttackConfig, Tag("pgd")]
+    | Annotated[NoisyFGSMConfig, Tag("n_fgsm")]
+    | Annotated[NoAttackConfig, Tag("none")],
+    Discriminator(_attack_kind),
+]
 
 
 class EpsilonScheduleConfig(Config):
@@ -215,6 +172,21 @@ class EpsilonScheduleConfig(Config):
         return self
 
 
+class PrecisionConfig(Config):
+    """In which arithmetic a training computes; what it stores, and every certificate, is float32.
+
+    `auto` is bfloat16 where the processor or GPU multiplies it faster than float32, float32 elsewhere. A training
+    that goes on on another machine keeps the precision that it began with.
+    """
+
+    attack: Literal["auto", "float32", "bfloat16"] = Field("auto", description="the search for adversarial points")
+    teacher: Literal["auto", "float32", "bfloat16"] = Field("float32", description="the teacher's forward pass")
+    training: Literal["float32", "bfloat16"] = Field(
+        "float32", description="the passes that are differentiated: adversarial points and interval bounds"
+    )
+    tf32: bool = Field(False, description="float32 products of a GPU with 10 bits of mantissa, in training only")
+
+
 class TrainConfig(Config):
     """What teacher and student training have in common."""
 
@@ -223,15 +195,17 @@ class TrainConfig(Config):
     batch_size: int = Field(128, ge=2)
     optimizer: OptimizerConfig = AdamConfig()
     learning_rate: LearningRateConfig = MultiStepConfig()
-    attack: TrainingAttackConfig = TrainingAttackConfig(steps=8, step_size=0.25)
     l1: float = Field(0.0, ge=0, description="coefficient of the sum of |weights|")
     gradient_clip: float = Field(10.0, gt=0, description="largest global norm of the gradient")
+    weight_averaging: WeightAveragingConfig | None = Field(None, description="None: the last weights are kept")
+    precision: PrecisionConfig = PrecisionConfig()
     seed: int = Field(0, ge=0, description="feeds separate generators for weights, order, augmentation, attack")
 
 
 class TeacherConfig(TrainConfig):
-    """An adversarially trained teacher."""
+    """An adversarially trained teacher; by N-FGSM or on clean images for comparison."""
 
+    attack: TeacherAttackConfig = TrainingAttackConfig(steps=8, step_size=0.25)
     epsilon_factor: float = Field(1.0, gt=0, le=4, description="epsilon of its attack, relative to the threat's")
     initialization: Initialization = "default"
 
@@ -240,6 +214,10 @@ class StudentConfig(TrainConfig):
     """A student trained with bounds and, for cc_dist, a teacher's features."""
 
     loss: LossConfig
+    attack: TrainingAttackConfig = TrainingAttackConfig(steps=8, step_size=0.25)
+    natural_weight: float = Field(
+        0.0, ge=0, lt=1, description="share of the cross-entropy at clean images; the loss has the rest"
+    )
     epsilon_schedule: EpsilonScheduleConfig = EpsilonScheduleConfig()
     shi_weight: float = Field(0.5, ge=0, description="Shi regulariser, faded out over the ramp")
     batch_norm: Literal["adversarial", "clean"] = Field(

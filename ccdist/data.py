@@ -7,25 +7,19 @@ Shapes: `N` images, `B` batch, `C H W` image.
 """
 
 import hashlib
-import io
 import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from ccdist.config import DataConfig
+from ccdist.image_sources import FORMS, Part, Source, digits_source, find_source, torchvision_source
 
 DATA_DIR_VARIABLE = "CCDIST_DATA_DIR"
-Part = Literal["train", "test"]
 
 
 class MissingDataError(ValueError):
@@ -67,27 +61,26 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """One part of a data set, decoded only where asked for."""
-
-    labels: np.ndarray
-    decode: Callable[[np.ndarray], np.ndarray]  # indices -> uint8 [n, C, H, W]
-
-
-@dataclass(frozen=True)
 class _Known:
-    """Normalisation as in METHOD section F, and the torchvision class to download with."""
+    """Normalisation of a data set as it is usual in certified training, and where its files are unusual."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    torchvision: str | None
+    torchvision: str | None = None  # the class to download with
+    grey_as_rgb: bool = False  # some of its JPEG files are grey
 
 
+# Augmentation is the space file's own (data.flip, data.crop_padding). Usual: flip and 2 for cifar10 and cifar100, flip
+# and 4 for tiny_imagenet and imagenet64; never flip for digits, mnist and svhn, whose mirrored figures are others.
 KNOWN = {
-    "digits": _Known((0.0,), (1.0,), None),
+    "digits": _Known((0.0,), (1.0,)),
     "mnist": _Known((0.1307,), (0.3081,), "MNIST"),
     "fashion_mnist": _Known((0.2860,), (0.3530,), "FashionMNIST"),
     "cifar10": _Known((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010), "CIFAR10"),
+    "cifar100": _Known((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), "CIFAR100"),
+    "svhn": _Known((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), "SVHN"),
+    "tiny_imagenet": _Known((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262), grey_as_rgb=True),
+    "imagenet64": _Known((0.4815, 0.4578, 0.4082), (0.2153, 0.2111, 0.2121), grey_as_rgb=True),
 }
 
 
@@ -117,7 +110,7 @@ def load_dataset(config: DataConfig) -> Dataset:
         )
     parts = [_decode(source, indices) for indices in (train, validation)]
     channels = parts[0].images.shape[1]
-    known = KNOWN.get(config.name, _Known((0.0,) * channels, (1.0,) * channels, None))
+    known = KNOWN.get(config.name, _Known((0.0,) * channels, (1.0,) * channels))
     mean, std = config.mean or known.mean, config.std or known.std
     if len(mean) != channels or len(std) != channels:
         raise ValueError(
@@ -140,10 +133,12 @@ def load_dataset(config: DataConfig) -> Dataset:
 def load_test_set(config: DataConfig) -> ImageSet:
     """The test images in their stored order; for the final report only."""
     source = _open(config, "test")
+    if len(source.labels) == 0:
+        raise ValueError(f"data set {config.name} has no test images")
     return _decode(source, np.arange(len(source.labels)))
 
 
-def _decode(source: _Source, indices: np.ndarray) -> ImageSet:
+def _decode(source: Source, indices: np.ndarray) -> ImageSet:
     images = torch.from_numpy(np.ascontiguousarray(source.decode(indices)))
     return ImageSet(images, torch.from_numpy(source.labels[indices].astype(np.int64)))
 
@@ -151,111 +146,48 @@ def _decode(source: _Source, indices: np.ndarray) -> ImageSet:
 def _fingerprint(parts: list[ImageSet], mean: tuple[float, ...], std: tuple[float, ...], config: DataConfig) -> str:
     digest = hashlib.sha256(repr((config.name, mean, std, config.flip, config.crop_padding)).encode())
     for part in parts:
-        digest.update(part.images.numpy().tobytes())
-        digest.update(part.labels.numpy().tobytes())
+        for array in (part.images.numpy(), part.labels.numpy()):
+            digest.update(array.reshape(-1).data)  # not tobytes: ImageNet64 would be in memory twice
     return digest.hexdigest()[:16]
 
 
-def _open(config: DataConfig, part: Part) -> _Source:
+def _open(config: DataConfig, part: Part) -> Source:
     if config.name == "digits" and config.path is None:
-        return _digits(part)
-    data_dir = os.environ.get(DATA_DIR_VARIABLE)
+        return digits_source(part)
+    known = KNOWN.get(config.name)
     if config.path is not None:
         folder = Path(config.path)
     else:
-        folder = Path(data_dir or "data") / config.name
-    file = folder / f"{part}.parquet"
-    if file.is_file():
-        return _parquet(file)
+        folder = Path(os.environ.get(DATA_DIR_VARIABLE) or "data") / config.name
+    source = find_source(folder, part, grey_as_rgb=known is not None and known.grey_as_rgb)
+    if source is not None:
+        return source
     if config.path is not None:
         raise MissingDataError(
-            f"data.path {config.path} has no {part}.parquet; expected train.parquet and test.parquet with columns "
-            "image ({bytes, path}) and label"
+            f"data.path {config.path} has no {part}.parquet and no {part} images of another form; expected {FORMS}"
         )
-    known = KNOWN.get(config.name)
-    if known is None or known.torchvision is None:
+    if known is None:
         raise MissingDataError(
             f"unknown data set {config.name!r}; known: {', '.join(KNOWN)}; your own data needs data.path, a folder "
-            "with train.parquet and test.parquet"
+            f"with {FORMS}"
         )
-    return _torchvision(config.name, known.torchvision, folder, part)
+    return _download(config.name, known.torchvision, folder, part)
 
 
-def _digits(part: Part) -> _Source:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels; the last 270 of a fixed permutation are the test set."""
-    from sklearn.datasets import (
-        load_digits,  # imported here: it takes a second that other data sets need not pay
+def _download(name: str, class_name: str | None, folder: Path, part: Part) -> Source:
+    ways = (
+        f"set data.path (or --set data.path=DIR) to a folder with {FORMS}; or set {DATA_DIR_VARIABLE}=DIR, with the "
+        f"same in DIR/{name}"
     )
-
-    bunch = load_digits()
-    order = np.random.default_rng(0).permutation(len(bunch.target))
-    chosen = order[:-270] if part == "train" else order[-270:]
-    images = np.rint(bunch.images[chosen] * (255 / 16)).astype(np.uint8)[:, None]
-    return _Source(bunch.target[chosen], lambda indices: images[indices])
-
-
-def _parquet(file: Path) -> _Source:
+    if class_name is None:
+        raise MissingDataError(f"no {part} images of {name} in {folder}, and it has no download here; {ways}")
     try:
-        schema = pq.read_schema(file)
-        image_column = next((name for name in ("image", "img") if name in schema.names), None)
-        if image_column is None or "label" not in schema.names:
-            raise ValueError(f"columns are {schema.names}; expected image (or img) and label")
-        table = pq.read_table(file, columns=[image_column, "label"])
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a readable Parquet file of images: {error}") from error
-    column = table[image_column].combine_chunks()
-    if not pa.types.is_struct(column.type) or "bytes" not in [field.name for field in column.type]:
-        raise ValueError(f"{file}: column {image_column} has type {column.type}; expected a struct with bytes")
-    labels = table["label"]
-    if not pa.types.is_integer(labels.type) or labels.null_count or (len(labels) and pc.min(labels).as_py() < 0):
-        raise ValueError(
-            f"{file}: labels are {labels.type} with {labels.null_count} missing; expected integers from 0 on"
-        )
-    encoded = column.field("bytes")
-    return _Source(
-        table["label"].to_numpy(),
-        lambda indices: _decode_images(file, ((int(i), encoded[int(i)].as_py()) for i in indices)),
-    )
-
-
-def _decode_images(file: Path, encoded: Iterator[tuple[int, bytes]]) -> np.ndarray:
-    from PIL import UnidentifiedImageError
-
-    decoded: list[np.ndarray] = []
-    for row, data in encoded:
-        try:
-            decoded.append(_decode_image(data))
-            if decoded[-1].shape != decoded[0].shape:
-                raise ValueError(f"its shape is {decoded[-1].shape}, that of others {decoded[0].shape}")
-        except (UnidentifiedImageError, OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: image {row} cannot be used: {error}") from error
-    return np.stack(decoded)
-
-
-def _decode_image(data: bytes) -> np.ndarray:
-    from PIL import Image
-
-    image = Image.open(io.BytesIO(data))
-    if image.mode not in ("L", "RGB"):  # palette indices and 16-bit values would pass for pixels
-        raise ValueError(f"its mode is {image.mode}; expected L or RGB, 8 bits a channel")
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def _torchvision(name: str, class_name: str, folder: Path, part: Part) -> _Source:
-    import torchvision
-
-    try:
-        data = getattr(torchvision.datasets, class_name)(folder, train=part == "train", download=True)
+        return torchvision_source(class_name, folder, part)
     except (OSError, RuntimeError) as error:
         raise MissingDataError(
             f"data set {name} is not in {folder} and could not be downloaded ({error}). Provide it in one of these "
-            f"ways: set data.path (or --set data.path=DIR) to a folder with train.parquet and test.parquet; set "
-            f"{DATA_DIR_VARIABLE}=DIR with DIR/{name}/train.parquet; or run once with a network"
+            f"ways: {ways}; or run once with a network"
         ) from error
-    array = np.asarray(data.data)
-    images = array[:, None] if array.ndim == 3 else array.transpose(0, 3, 1, 2)
-    return _Source(np.asarray(data.targets), lambda indices: images[indices])
 
 
 def augment(

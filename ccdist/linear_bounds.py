@@ -1,23 +1,25 @@
 """CROWN: linear lower bounds of logit differences, propagated backward through the network.
 
-Each ReLU with pre-activation bounds l < 0 < u is enclosed by two lines: above u (x - l) / (u - l), below
-a x with a slope a in [0, 1]. Pre-activation bounds come from interval arithmetic.
+Each activation is enclosed by two lines over its pre-activation bounds, which come from interval arithmetic. For a
+ReLU with l < 0 < u: above u (x - l) / (u - l), below a x with a slope a in [0, 1].
 
 Shapes: `B` batch, `J` other classes (the specifications), `...` the shape of a layer.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ccdist.activations import Lines, curve_of, enclosing_lines
 from ccdist.batch_norm import BatchNorm, per_channel, scale_and_shift
 from ccdist.bounds import Trace, UnsupportedLayerError, difference_weights, elided_lower_bounds, propagate
 from ccdist.interval import Interval
 from ccdist.networks import Network, Normalize, Residual
+from ccdist.threats import L2Ball, Region
 
 # Learning rate of the slopes in alpha-CROWN: they live in [0, 1], and a few dozen steps must cross it.
 SLOPE_LEARNING_RATE = 0.2
@@ -25,11 +27,16 @@ SLOPE_LEARNING_RATE = 0.2
 
 @dataclass(frozen=True)
 class _Step:
-    """A leaf layer met on the way back: the interval that entered it, and its ReLU slopes if any."""
+    """A leaf layer met on the way back: the interval that entered it, and what encloses it if it is an activation.
+
+    lines: of a smooth activation.
+    slope: of a ReLU, in [0, 1]; None: the adaptive one. A leaky one has it between its own slope (0) and 1.
+    """
 
     layer: nn.Module
     box: Interval
-    lower_slope: Tensor | None
+    lines: Lines | None
+    slope: Tensor | None = None
 
 
 # (layer, weights [B, J, ...output], step) -> weights [B, J, ...input], offset [B, J]
@@ -112,15 +119,27 @@ def adaptive_slope(box: Interval) -> Tensor:
 
 
 def _relu(layer: nn.Module, weights: Tensor, step: _Step) -> tuple[Tensor, Tensor]:
+    """f(x) = x above 0, s x below (ReLU: s = 0): one line is the chord, the other goes through the kink at 0."""
+    s = layer.negative_slope if isinstance(layer, nn.LeakyReLU) else 0.0
     lower, upper = step.box.lower.clamp(max=0), step.box.upper.clamp(min=0)
     tiny = torch.finfo(lower.dtype).tiny
-    upper_slope = upper / (upper - lower).clamp(min=tiny)  # 1 where stably active, 0 where stably inactive
-    lower_slope = adaptive_slope(step.box)
-    if step.lower_slope is not None:
-        lower_slope = torch.where((lower < 0) & (upper > 0), step.lower_slope, lower_slope)
+    chord = (upper - s * lower) / (upper - lower).clamp(min=tiny)  # 1 where stably active, s where stably inactive
+    kink = adaptive_slope(step.box)
+    if step.slope is not None:
+        kink = torch.where((lower < 0) & (upper > 0), step.slope, kink)
+    kink = s + (1 - s) * kink
     positive, negative = weights.clamp(min=0), weights.clamp(max=0)
-    back = positive * lower_slope.unsqueeze(1) + negative * upper_slope.unsqueeze(1)
-    return back, _sum_features(negative * (-lower * upper_slope).unsqueeze(1))
+    on_kink, on_chord = (positive, negative) if s <= 1 else (negative, positive)  # concave: the chord is below
+    back = on_kink * kink.unsqueeze(1) + on_chord * chord.unsqueeze(1)
+    return back, _sum_features(on_chord * (lower * (s - chord)).unsqueeze(1))
+
+
+def _smooth(layer: nn.Module, weights: Tensor, step: _Step) -> tuple[Tensor, Tensor]:
+    assert step.lines is not None
+    lines, positive, negative = step.lines, weights.clamp(min=0), weights.clamp(max=0)
+    back = positive * lines.lower_slope.unsqueeze(1) + negative * lines.upper_slope.unsqueeze(1)
+    offset = positive * lines.lower_offset.unsqueeze(1) + negative * lines.upper_offset.unsqueeze(1)
+    return back, _sum_features(offset)
 
 
 LINEAR_RULES: dict[type[nn.Module], BackwardRule] = {
@@ -133,6 +152,10 @@ LINEAR_RULES: dict[type[nn.Module], BackwardRule] = {
     nn.Flatten: _flatten,
     nn.Identity: _identity,
     nn.ReLU: _relu,
+    nn.LeakyReLU: _relu,
+    nn.Tanh: _smooth,
+    nn.Sigmoid: _smooth,
+    nn.GELU: _smooth,
 }
 
 
@@ -157,39 +180,61 @@ def _backward(module: nn.Module, weights: Tensor, steps: list[_Step]) -> tuple[T
     return rule(module, weights, step)
 
 
+def _least(weights: Tensor, region: Region) -> Float[Tensor, "B J"]:
+    """A lower bound of sum(weights * x) over the region.
+
+    box:   weights c - |weights| r, the least value;   c, r centre and radius
+    ball:  the larger of weights x0 - epsilon ||weights||_2 and the bound over the ball's box
+    """
+    box = region.box if isinstance(region, L2Ball) else region
+    center, radius = box.center.unsqueeze(1), box.radius.unsqueeze(1)
+    least = _sum_features(weights * center) - _sum_features(weights.abs() * radius)
+    if isinstance(region, L2Ball):
+        lengths = torch.linalg.vector_norm(weights.flatten(2), dim=2)
+        least = torch.maximum(least, _sum_features(weights * region.center.unsqueeze(1)) - region.epsilon * lengths)
+    return least
+
+
 def _crown(
-    network: Network, box: Interval, labels: Tensor, trace: Trace, slopes: list[Tensor] | None
+    network: Network, region: Region, labels: Tensor, steps: list[_Step], slopes: list[Tensor] | None
 ) -> Float[Tensor, "B J"]:
-    """The CROWN bound for the pre-activation bounds in `trace`; slopes None: the adaptive ones."""
+    """The CROWN bound for the pre-activation bounds in `steps`; slopes None: the adaptive ones."""
     remaining = iter(slopes or ())
-    steps = [
-        _Step(layer, entered, next(remaining, None) if isinstance(layer, nn.ReLU) else None)
-        for layer, entered in trace.steps
-    ]
+    steps = [replace(step, slope=next(remaining, None)) if _has_slope(step) else step for step in steps]
     weights, offset = difference_weights(network.head, labels)
     weights, extra = _backward(network.features, weights, steps)
-    center, radius = box.center.unsqueeze(1), box.radius.unsqueeze(1)
-    return _sum_features(weights * center) - _sum_features(weights.abs() * radius) + offset + extra
+    return _least(weights, region) + offset + extra
+
+
+def _has_slope(step: _Step) -> bool:
+    return isinstance(step.layer, nn.ReLU | nn.LeakyReLU)
+
+
+def _steps(trace: Trace) -> list[_Step]:
+    """The layers of the forward pass, each smooth activation with its lines: computed once, for no slope moves them."""
+    curves = [(layer, box, curve_of(layer)) for layer, box in trace.steps]
+    return [_Step(layer, box, None if curve is None else enclosing_lines(curve, box)) for layer, box, curve in curves]
 
 
 def crown_lower_bounds(
-    network: Network, box: Interval, labels: Int[Tensor, " B"], *, optimize_steps: int = 0
+    network: Network, region: Region, labels: Int[Tensor, " B"], *, optimize_steps: int = 0
 ) -> Float[Tensor, "B J"]:
     """Lower bounds of z[y] - z[j]: the element-wise maximum of CROWN and elided IBP.
 
-    With optimize_steps > 0 the lower slopes are improved by that many steps of projected Adam (alpha-CROWN)
-    and the best bound seen is kept, so the result is never below that of optimize_steps = 0.
+    With optimize_steps > 0 the slopes of ReLUs are improved by that many steps of projected Adam (alpha-CROWN)
+    and the best bound seen is kept, so the result is never below that of optimize_steps = 0. Over an l_2 ball the
+    pre-activation bounds are those of `propagate`, and the last step takes the dual norm.
 
     Args:
         network: in eval mode; its parameters are not changed.
-        box: input box, pixels in [0, 1].
+        region: the perturbed images, pixels in [0, 1].
         optimize_steps: >= 0.
 
     Returns:
         Bounds in logits, j != y in increasing j, without a graph.
 
     Raises:
-        UnsupportedLayerError: a layer has no linear rule.
+        UnsupportedLayerError: a layer has no linear rule, or an l_2 ball meets a layer without a rule for it.
         ValueError: optimize_steps is negative.
 
     Source: Zhang et al., NeurIPS 2018 (CROWN); Xu et al., ICLR 2021 (optimised slopes).
@@ -198,18 +243,19 @@ def crown_lower_bounds(
         raise ValueError(f"optimize_steps is {optimize_steps}; expected 0 or more")
     with torch.no_grad():
         trace = Trace()
-        feature_box = propagate(network.features, box, trace=trace, name="features")
+        feature_box = propagate(network.features, region, trace=trace, name="features")
         ibp = elided_lower_bounds(network.head, feature_box, labels)
-        best = torch.maximum(ibp, _crown(network, box, labels, trace, None))
+        steps = _steps(trace)
+        best = torch.maximum(ibp, _crown(network, region, labels, steps, None))
     if optimize_steps == 0:
         return best
-    slopes = [adaptive_slope(entered).requires_grad_() for entered in trace.relu_inputs()]
+    slopes = [adaptive_slope(step.box).requires_grad_() for step in steps if _has_slope(step)]
     if not slopes:
         return best
     optimizer = torch.optim.Adam(slopes, lr=SLOPE_LEARNING_RATE)
     for _ in range(optimize_steps):
         with torch.enable_grad():  # whatever the caller's mode
-            bounds = _crown(network, box, labels, trace, slopes)
+            bounds = _crown(network, region, labels, steps, slopes)
             gradients = torch.autograd.grad(-bounds.sum(), slopes)
         for slope, gradient in zip(slopes, gradients, strict=True):
             slope.grad = gradient
@@ -217,5 +263,5 @@ def crown_lower_bounds(
         with torch.no_grad():
             for slope in slopes:
                 slope.clamp_(0, 1)
-            best = torch.maximum(best, _crown(network, box, labels, trace, slopes))
+            best = torch.maximum(best, _crown(network, region, labels, steps, slopes))
     return best

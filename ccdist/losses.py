@@ -163,3 +163,83 @@ def cc_dist_loss(
         alpha=alpha if alpha_dist is None else alpha_dist,
     )
     return classification + beta / teacher_features.shape[1] * distillation
+
+
+def ibp_loss(lower_diffs: Float[Tensor, "B J"]) -> Float[Tensor, ""]:
+    """Cross-entropy of the lower bounds: CE0(lower_diffs), in nats; mean over the batch.
+
+    Source: Gowal et al., 2018.
+    """
+    return cross_entropy_of_differences(lower_diffs)
+
+
+def small_box(attacked: Float[Tensor, "B ..."], attack_box: Interval, *, subbox: float) -> Interval:
+    """SABR's box: a small one around the attacked point, moved so that it lies inside the attack's box.
+
+        tau = subbox * (upper - lower) / 2 element-wise,  centre = clamp(attacked, lower + tau, upper - tau)
+        [centre - tau, centre + tau]
+
+    subbox = 1 gives the attack's box itself. SABR's loss is `ibp_loss` of the bounds over it.
+
+    Args:
+        attacked: points of the attack's box, pixels in [0, 1].
+        subbox: SABR's lambda, in (0, 1].
+
+    Raises:
+        ValueError: subbox is outside (0, 1].
+
+    Source: SABR, Mueller et al., ICLR 2023; the element-wise radius as in CTBench (METHOD section A.3).
+    """
+    if not 0 < subbox <= 1:
+        raise ValueError(f"subbox is {subbox}; expected SABR's lambda, a share in (0, 1]")
+    tau = subbox * attack_box.radius
+    center = torch.clamp(attacked, attack_box.lower + tau, attack_box.upper - tau)
+    return Interval(
+        torch.maximum(center - tau, attack_box.lower),
+        torch.minimum(center + tau, attack_box.upper),
+    )
+
+
+def soft_label_divergence(
+    student_logits: Float[Tensor, "B K"], teacher_logits: Float[Tensor, "B K"]
+) -> Float[Tensor, " B"]:
+    """KL(p_T || p_S) of each image, in nats: sum over K of p_T (log p_T - log p_S), softmax at temperature 1.
+
+    Not averaged: an attack wants it for each image. No gradient through the teacher is stopped here.
+    """
+    log_student, log_teacher = F.log_softmax(student_logits, 1), F.log_softmax(teacher_logits, 1)
+    return (log_teacher.exp() * (log_teacher - log_student)).sum(1)
+
+
+def ad_cert_loss(
+    lower_diffs: Float[Tensor, "B J"] | None, divergence: Float[Tensor, " B"] | None, *, alpha: float
+) -> Float[Tensor, ""]:
+    """IBP and distillation of the teacher's probabilities.
+
+        alpha * CE0(lower_diffs) + (1 - alpha) * mean(divergence)
+
+    divergence is `soft_label_divergence` where the variant reads it: AD-CERT at the attacked point; "clean" at the
+    image; RSLAD 1/6 at the image and 5/6 at the attacked point. No hard label but in the first term.
+
+    Args:
+        lower_diffs: may be None for alpha = 0.
+        divergence: may be None for alpha = 1.
+        alpha: weight of the bounds, in [0, 1].
+
+    Returns:
+        Nats, mean over the batch.
+
+    Raises:
+        ValueError: alpha is outside [0, 1], or a term with weight is None.
+
+    Source: AD-CERT, arXiv 2606.31653 (METHOD section A.5).
+    """
+    _check_alpha(alpha)
+    if (lower_diffs is None and alpha > 0) or (divergence is None and alpha < 1):
+        raise ValueError(f"alpha {alpha} needs lower_diffs (unless 0) and a divergence (unless 1)")
+    total = torch.zeros(())
+    if lower_diffs is not None and alpha > 0:
+        total = alpha * cross_entropy_of_differences(lower_diffs)
+    if divergence is not None and alpha < 1:
+        total = total + (1 - alpha) * divergence.mean()
+    return total

@@ -8,12 +8,14 @@ Shapes: `B` batch, `C H W` image, `K` classes, `D` features.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from ccdist.activations import ACTIVATIONS, Activation
 
 Initialization = Literal["ibp", "default"]
 
@@ -81,26 +83,25 @@ class Network(nn.Module):
         return self.head.in_features
 
 
-def _conv_block(in_channels: int, out_channels: int, kernel: int, stride: int, padding: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(in_channels, out_channels, kernel, stride, padding),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-    ]
+_Shape = tuple[int, int, int]
+_MakeActivation = Callable[[], nn.Module]
 
 
-def _linear_block(in_features: int, out_features: int) -> list[nn.Module]:
-    return [nn.Linear(in_features, out_features), nn.BatchNorm1d(out_features), nn.ReLU()]
+def _normalized(layer: nn.Conv2d | nn.Linear, activation: _MakeActivation) -> list[nn.Module]:
+    """The layer, batch norm over its outputs, activation."""
+    if isinstance(layer, nn.Conv2d):
+        return [layer, nn.BatchNorm2d(layer.out_channels), activation()]
+    return [layer, nn.BatchNorm1d(layer.out_features), activation()]
 
 
 def _conv_net(
-    convs: Sequence[tuple[int, int, int, int]], hidden: int | None, input_shape: tuple[int, int, int]
+    convs: Sequence[tuple[int, int, int, int]], hidden: int | None, input_shape: _Shape, activation: _MakeActivation
 ) -> tuple[list[nn.Module], int]:
     """Blocks of (channels, kernel, stride, padding), flattened, then a hidden linear block if asked for."""
     channels, height, width = input_shape
     layers: list[nn.Module] = []
     for out_channels, kernel, stride, padding in convs:
-        layers += _conv_block(channels, out_channels, kernel, stride, padding)
+        layers += _normalized(nn.Conv2d(channels, out_channels, kernel, stride, padding), activation)
         channels = out_channels
         height, width = (
             (height + 2 * padding - kernel) // stride + 1,
@@ -112,23 +113,24 @@ def _conv_net(
     size = channels * height * width
     if hidden is None:
         return layers, size
-    return layers + _linear_block(size, hidden), hidden
+    return layers + _normalized(nn.Linear(size, hidden), activation), hidden
 
 
-def _mlp(width: int, input_shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
-    size = math.prod(input_shape)
-    return [nn.Flatten(), *_linear_block(size, width), *_linear_block(width, width)], width
+def _mlp(width: int, input_shape: _Shape, activation: _MakeActivation) -> tuple[list[nn.Module], int]:
+    first, second = nn.Linear(math.prod(input_shape), width), nn.Linear(width, width)
+    return [nn.Flatten(), *_normalized(first, activation), *_normalized(second, activation)], width
 
 
-def _cnn3(width: int, input_shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
-    return _conv_net([(width, 5, 2, 2), (2 * width, 4, 2, 1)], None, input_shape)
+def _cnn3(width: int, input_shape: _Shape, activation: _MakeActivation) -> tuple[list[nn.Module], int]:
+    return _conv_net([(width, 5, 2, 2), (2 * width, 4, 2, 1)], None, input_shape, activation)
 
 
-def _cnn5(width: int, input_shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
-    return _conv_net([(width, 3, 1, 1), (2 * width, 4, 2, 1), (2 * width, 4, 2, 1)], 8 * width, input_shape)
+def _cnn5(width: int, input_shape: _Shape, activation: _MakeActivation) -> tuple[list[nn.Module], int]:
+    convs = [(width, 3, 1, 1), (2 * width, 4, 2, 1), (2 * width, 4, 2, 1)]
+    return _conv_net(convs, 8 * width, input_shape, activation)
 
 
-def _cnn7(width: int, input_shape: tuple[int, int, int]) -> tuple[list[nn.Module], int]:
+def _cnn7(width: int, input_shape: _Shape, activation: _MakeActivation) -> tuple[list[nn.Module], int]:
     # On 64 x 64 images the fifth convolution has stride 2, so that the flat size stays that of CIFAR-10.
     last_stride = 2 if input_shape[1] >= 64 else 1
     convs = [
@@ -138,16 +140,50 @@ def _cnn7(width: int, input_shape: tuple[int, int, int]) -> tuple[list[nn.Module
         (2 * width, 3, 1, 1),
         (2 * width, 3, last_stride, 1),
     ]
-    return _conv_net(convs, 8 * width, input_shape)
+    return _conv_net(convs, 8 * width, input_shape, activation)
 
+
+def _residual_block(in_channels: int, out_channels: int, activation: _MakeActivation) -> list[nn.Module]:
+    """(conv3 stride 2, batch norm, activation, conv3) + conv1 stride 2, then batch norm and activation of the sum.
+
+    Batch norm comes after the sum and not at the end of its branches: every activation reads a normalised input, as
+    in the plain networks, and the interval widths that the branches add up are divided by the deviation of that same
+    sum. With batch norm in the branches IBP training of the same blocks ended lower, or diverged.
+    """
+    first = nn.Conv2d(in_channels, out_channels, 3, 2, 1)
+    body = nn.Sequential(*_normalized(first, activation), nn.Conv2d(out_channels, out_channels, 3, 1, 1))
+    shortcut = nn.Conv2d(in_channels, out_channels, 1, 2)
+    return [Residual(body, shortcut), nn.BatchNorm2d(out_channels), activation()]
+
+
+def _resnet(width: int, input_shape: _Shape, activation: _MakeActivation) -> tuple[list[nn.Module], int]:
+    """Two blocks, and a hidden linear layer where others average: interval bounds loosen with every layer."""
+    channels, height, columns = input_shape
+    # As in CNN7: one more stride on 64 x 64 images, so that the flat size stays that of CIFAR-10.
+    stem_stride = 2 if height >= 64 else 1
+    layers = [
+        *_normalized(nn.Conv2d(channels, width, 3, stem_stride, 1), activation),
+        *_residual_block(width, 2 * width, activation),
+        *_residual_block(2 * width, 2 * width, activation),
+        nn.Flatten(),
+    ]
+    reduction = 4 * stem_stride
+    size = 2 * width * math.ceil(height / reduction) * math.ceil(columns / reduction)  # padded strides round up
+    return layers + _normalized(nn.Linear(size, 8 * width), activation), 8 * width
+
+
+# (width, image shape, maker of activations) -> (layers, their number of features)
+_Builder = Callable[[int, _Shape, _MakeActivation], tuple[list[nn.Module], int]]
 
 # name -> (builder, default width)
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, tuple[_Builder, int]] = {
     "mlp": (_mlp, 256),
     "cnn3": (_cnn3, 16),
     "cnn5": (_cnn5, 32),
     "cnn7": (_cnn7, 64),
+    "cnn7-narrow": (_cnn7, 32),
     "cnn7-wide": (_cnn7, 128),
+    "resnet": (_resnet, 16),
 }
 
 
@@ -161,27 +197,32 @@ def build_network(
     std: Sequence[float] | None = None,
     seed: int = 0,
     initialization: Initialization = "ibp",
+    activation: Activation = "relu",
 ) -> Network:
-    """A network by name, in eval mode, with batch norm and ReLU after every layer but the head.
+    """A network by name, in eval mode, with batch norm and an activation after every layer but the head.
 
     CNN7 (width 64): conv3 64, conv3 64, conv3 128 stride 2, conv3 128, conv3 128, linear 512, head.
     CNN5: conv3 w, conv4 2w stride 2, conv4 2w stride 2, linear 8w, head. CNN3: conv5 w stride 2, conv4 2w
-    stride 2, head. MLP: linear w, linear w, head. The same seed gives the same weights on every device.
+    stride 2, head. MLP: linear w, linear w, head. ResNet: conv3 w, two residual blocks 2w stride 2, linear 8w,
+    head. The same seed gives the same weights on every device.
 
     Args:
-        name: mlp, cnn3, cnn5, cnn7 or cnn7-wide.
+        name: mlp, cnn3, cnn5, cnn7, cnn7-narrow, cnn7-wide or resnet.
         input_shape: (C, H, W).
-        width: channels of the first layer (units for the mlp); None: 256, 16, 32, 64, 128 in that order.
+        width: channels of the first layer (units for the mlp); None: 256, 16, 32, 64, 32, 128, 16 in that order.
         mean, std: normalisation for each channel, in pixel units; None: 0 and 1.
         initialization: "ibp" (Shi et al. 2021) or "default" (PyTorch's).
+        activation: relu, leaky_relu (slope 0.01), tanh, sigmoid or gelu (exact).
 
     Raises:
-        ValueError: the name is unknown, or the images are too small for it.
+        ValueError: the name or activation is unknown, or the images are too small for the network.
 
     Source: METHOD section F; layer counts as in the public CC-IBP and CTBench codes.
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"unknown network {name!r}; known: {', '.join(ARCHITECTURES)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     builder, default_width = ARCHITECTURES[name]
     mean = (0.0,) * input_shape[0] if mean is None else mean
     std = (1.0,) * input_shape[0] if std is None else std
@@ -189,7 +230,7 @@ def build_network(
         raise ValueError(f"normalisation for {len(mean)} channels, but images have {input_shape[0]}")
     # Built without memory, then filled from the seed: constructing layers would draw from the global generator.
     with torch.device("meta"):
-        layers, num_features = builder(default_width if width is None else width, input_shape)
+        layers, num_features = builder(default_width if width is None else width, input_shape, ACTIVATIONS[activation])
         head = nn.Linear(num_features, num_classes)
     network = Network(nn.Sequential(*layers), head).to_empty(device="cpu")
     initialize(network, torch.Generator().manual_seed(seed), initialization)
@@ -202,7 +243,8 @@ def initialize(network: Network, generator: torch.Generator, initialization: Ini
     """Fill every parameter and statistic, in module order, from the generator.
 
     ibp: each weight but the head's ~ N(0, (sqrt(2 pi) / fan_in)^2), so that interval widths neither explode
-    nor vanish with depth; biases, batch norm and head as PyTorch has them by default.
+    nor vanish with depth; biases, batch norm and head as PyTorch has them by default. Derived for ReLU, used with
+    every activation: batch norm takes the difference.
 
     Source: Shi et al., "Fast Certified Robust Training with Short Warmup", NeurIPS 2021.
     """
@@ -230,6 +272,10 @@ _LAYER_FIELDS: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "batch_norm1d": (nn.BatchNorm1d, ("num_features", "eps", "momentum", "affine", "track_running_stats")),
     "batch_norm2d": (nn.BatchNorm2d, ("num_features", "eps", "momentum", "affine", "track_running_stats")),
     "relu": (nn.ReLU, ()),
+    "leaky_relu": (nn.LeakyReLU, ("negative_slope",)),
+    "tanh": (nn.Tanh, ()),
+    "sigmoid": (nn.Sigmoid, ()),
+    "gelu": (nn.GELU, ("approximate",)),
     "flatten": (nn.Flatten, ("start_dim", "end_dim")),
     "avg_pool2d": (
         nn.AvgPool2d,

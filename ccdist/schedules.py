@@ -1,5 +1,6 @@
 """Epsilon and learning rate as functions of the step."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -53,3 +54,11 @@ def cyclic_learning_rate(step: int, *, num_steps: int, peak: float, floor: float
     """
     half = num_steps / 2
     return floor + (peak - floor) * max(0.0, 1 - abs(step - half) / half)
+
+
+def cosine_learning_rate(step: int, *, num_steps: int, initial: float, final: float = 0.0) -> float:
+    """Half a cosine: final + (initial - final) * (1 + cos(pi * step / num_steps)) / 2.
+
+    Source: Loshchilov and Hutter, "SGDR", ICLR 2017, without restarts.
+    """
+    return final + (initial - final) * (1 + math.cos(math.pi * step / num_steps)) / 2

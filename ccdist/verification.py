@@ -1,17 +1,15 @@
 """The verification ladder: clean prediction, PGD, IBP, CROWN. Three verdicts, one row for each image.
 
 Each rung takes only the images that are still open, all of them as batches. Certified means proved with a
-margin above a rounding allowance; falsified means that a plain forward pass misclassifies a point of the box;
+margin above a rounding allowance; falsified means that a plain forward pass misclassifies a point of the region;
 anything else is undecided, and counts as not certified.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import pyarrow as pa
 import torch
@@ -25,10 +23,11 @@ from ccdist.bounds import (
     logit_difference_lower_bounds,
     logit_differences,
 )
-from ccdist.config import VerifyConfig
-from ccdist.interval import Interval, epsilon_box
+from ccdist.config import ThreatModel, VerifyConfig
 from ccdist.linear_bounds import crown_lower_bounds
 from ccdist.networks import Network
+from ccdist.precision import exact_float32
+from ccdist.threats import Region, contains, perturbation_set
 
 # A float32 bound is trusted when its margin exceeds this share of the sum of the absolute terms that make it up.
 # float32 rounds each operation by 6e-8 of its size; sums of some 10^4 terms stay well inside a hundred times that.
@@ -88,7 +87,7 @@ def verify(
     *,
     on_rung: Callable[[str, int], None] | None = None,
 ) -> pa.Table:
-    """Decide for each image whether every point of its epsilon box keeps the label.
+    """Decide for each image whether every perturbed image that the threat allows keeps the label.
 
     Args:
         network: as deployed; read in eval mode, on any device.
@@ -102,7 +101,7 @@ def verify(
 
     Raises:
         ValueError: images and labels differ in number, or the network is in train mode.
-        UnsupportedLayerError: a bound rung meets a layer without a rule.
+        UnsupportedLayerError: a bound rung meets a layer without a rule (for l2: see `ccdist.bounds.propagate`).
     """
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels; expected as many labels as images")
@@ -130,40 +129,6 @@ def verify(
         [0] * count,
     ]
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """float32 products in full precision: TF32 and bfloat16 round them to 10 and 7 bits, which no certificate survives.
-
-    PyTorch has two sets of switches and refuses to read the older one after the newer one was used.
-    """
-    backends: Any = torch.backends  # its stubs lack half of these
-    switches = (
-        backends.cuda.matmul,
-        backends.cudnn.conv,
-        backends.cudnn.rnn,
-        backends.mkldnn.matmul,
-        backends.mkldnn.conv,
-    )
-    precisions = [switch.fp32_precision for switch in switches]
-    try:
-        older = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
-    except RuntimeError:
-        older = None
-    if older is not None:
-        torch.set_float32_matmul_precision("highest")
-        backends.cudnn.allow_tf32 = False
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        if older is not None:
-            torch.set_float32_matmul_precision(older[0])
-            backends.cudnn.allow_tf32 = older[1]
-        for switch, precision in zip(switches, precisions, strict=True):
-            switch.fp32_precision = precision
 
 
 def _clean(network: Network, images: Tensor, labels: Tensor, config: VerifyConfig, rows: _Open) -> Tensor:
@@ -202,11 +167,11 @@ def _run_rung(
 ) -> None:
     for chunk in _chunks(rows, config):
         started = time.perf_counter()
-        box = epsilon_box(images[chunk], config.threat.radius)
+        region = perturbation_set(images[chunk], config.threat.norm, config.threat.radius)
         if rung == "pgd":
-            _falsify(network, images[chunk], labels[chunk], box, config, rows, chunk)
+            _falsify(network, images[chunk], labels[chunk], region, config, rows, chunk)
         else:
-            _certify(rung, network, labels[chunk], box, rows, chunk)
+            _certify(rung, network, labels[chunk], region, rows, chunk)
         rows.seconds[chunk] += (time.perf_counter() - started) / len(chunk)
     _drop_decided(rows)
 
@@ -215,7 +180,7 @@ def _falsify(
     network: Network,
     images: Tensor,
     labels: Tensor,
-    box: Interval,
+    region: Region,
     config: VerifyConfig,
     rows: _Open,
     chunk: Tensor,
@@ -226,22 +191,22 @@ def _falsify(
         network,
         images,
         labels,
-        box=box,
+        region=region,
         steps=config.attack.steps,
         step_size=config.attack.step_size,
         restarts=config.attack.restarts,
         generator=generator,
     )
-    # Shown, not believed: the point lies in the box and a plain forward pass misclassifies it.
-    inside = ((points >= box.lower) & (points <= box.upper)).flatten(1).all(1)
+    # Shown, not believed: the point lies in the region and a plain forward pass misclassifies it.
+    inside = contains(region, points)
     margins = logit_differences(network(points), labels).amin(1)
     rows.decide(chunk, (inside & (margins <= 0)).cpu(), Verdict.FALSIFIED, "pgd")
 
 
-def _certify(rung: str, network: Network, labels: Tensor, box: Interval, rows: _Open, chunk: Tensor) -> None:
+def _certify(rung: str, network: Network, labels: Tensor, region: Region, rows: _Open, chunk: Tensor) -> None:
     bound = logit_difference_lower_bounds if rung == "ibp" else crown_lower_bounds
-    lower = bound(network, box, labels)
-    scale = _summed_magnitude(network, labels, box)
+    lower = bound(network, region, labels)
+    scale = _summed_magnitude(network, labels, region)
     margins = lower.amin(1)
     rows.decide(chunk, (margins > ROUNDING_ALLOWANCE * scale).cpu(), Verdict.CERTIFIED, rung)
     for index, margin in zip(chunk.tolist(), margins.tolist(), strict=True):
@@ -250,12 +215,12 @@ def _certify(rung: str, network: Network, labels: Tensor, box: Interval, rows: _
             rows.lower_bound[index] = margin if previous is None else max(previous, margin)
 
 
-def _summed_magnitude(network: Network, labels: Tensor, box: Interval) -> Tensor:
-    """Largest sum of the absolute terms in a logit difference over the box; what its rounding is relative to.
+def _summed_magnitude(network: Network, labels: Tensor, region: Region) -> Tensor:
+    """Largest sum of the absolute terms in a logit difference over the region; what its rounding is relative to.
 
     Not the difference itself: large features may cancel in the head, their rounding does not.
     """
-    features = interval_bounds(network.features, box)
+    features = interval_bounds(network.features, region)
     weight, offset = difference_weights(network.head, labels)
     largest = torch.maximum(features.lower.abs(), features.upper.abs())
     sums = torch.einsum("bjd,bd->bj", weight.abs(), largest) + offset.abs()
@@ -288,10 +253,11 @@ def accuracies(table: pa.Table) -> Accuracies:
 
 
 def quick_accuracies(
-    network: Network, images: Float[Tensor, "N C H W"], labels: Int[Tensor, " N"], epsilon: float
+    network: Network, images: Float[Tensor, "N C H W"], labels: Int[Tensor, " N"], threat: ThreatModel
 ) -> tuple[float, float]:
     """(standard accuracy, IBP certified accuracy) in one pass each: a curve to watch, not a verdict."""
     with torch.no_grad():
         standard = (network(images).argmax(1) == labels).float().mean()
-        lower = logit_difference_lower_bounds(network, epsilon_box(images, epsilon), labels)
+        region = perturbation_set(images, threat.norm, threat.radius)
+        lower = logit_difference_lower_bounds(network, region, labels)
         return float(standard), float((lower.amin(1) > 0).float().mean())

@@ -232,8 +232,7 @@ class _Trial:
     def _on_epoch(self, report: EpochReport) -> None:
         values = {f"{report.phase}/{name}": value for name, value in report.metrics.items()}
         if report.phase == "student":
-            epsilon = self.task.recipe.threat.radius
-            standard, certified = quick_accuracies(report.network, *self._probe, epsilon)
+            standard, certified = quick_accuracies(report.network, *self._probe, self.task.recipe.threat)
             values |= {
                 "validation/standard_accuracy": standard,
                 "validation/ibp_certified_accuracy": certified,

@@ -148,3 +148,21 @@ def shifted_crop(image: Tensor, down: int, right: int, padding: int) -> Tensor:
     _, height, width = image.shape
     top, left = padding + down, padding + right
     return padded[:, top : top + height, left : left + width]
+
+
+def upper_hull(x: Tensor, y: Tensor, at: float) -> float:
+    """Height at `at` of the upper convex hull of points with increasing x: the monotone chain, point by point."""
+    hull: list[tuple[float, float]] = []
+    for point in zip(x.tolist(), y.tolist(), strict=True):
+        while len(hull) >= 2 and _turns_left(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    for (left, low), (right, high) in itertools.pairwise(hull):
+        if left <= at <= right:
+            return low if left == right else low + (high - low) * (at - left) / (right - left)
+    raise ValueError(f"{at} is outside of the points")
+
+
+def _turns_left(first: tuple[float, float], middle: tuple[float, float], last: tuple[float, float]) -> bool:
+    one, other = (middle[0] - first[0], middle[1] - first[1]), (last[0] - first[0], last[1] - first[1])
+    return one[0] * other[1] - one[1] * other[0] >= 0

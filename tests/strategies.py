@@ -13,6 +13,19 @@ from ccdist.networks import Network, Normalize, Residual
 # Made here and copied in the strategies: the type check of a sequence draws from `random`, which hypothesis refuses.
 NORMALIZE = {channels: Normalize([0.3] * channels, [0.4] * channels) for channels in (1, 2)}
 
+# Every kind, and every case of its rules: leaky slopes that fall, that bend the other way.
+ACTIVATIONS = [
+    nn.ReLU(),
+    nn.LeakyReLU(),
+    nn.LeakyReLU(0.3),
+    nn.LeakyReLU(-0.4),
+    nn.LeakyReLU(1.5),
+    nn.Tanh(),
+    nn.Sigmoid(),
+    nn.GELU(),
+    nn.GELU(approximate="tanh"),
+]
+
 
 @dataclass(frozen=True)
 class Case:
@@ -58,14 +71,14 @@ def num_features(layers: list[nn.Module], shape: tuple[int, int, int]) -> int:
 def networks(draw: st.DrawFn, *, affine: bool = False) -> tuple[Network, tuple[int, int, int], int]:
     """(network, image shape, seed): convolutions with stride, padding, odd sizes; pooling; residuals; batch norm.
 
-    affine: without ReLUs, so that linear bounds are exact.
+    affine: without activations, so that linear bounds are exact.
     """
     seed = draw(st.integers(0, 2**31 - 1))
     channels, height, width = draw(st.integers(1, 2)), draw(st.integers(4, 7)), draw(st.integers(4, 7))
     shape = (channels, height, width)
 
     def activation() -> nn.Module:
-        return nn.Identity() if affine else nn.ReLU()
+        return nn.Identity() if affine else copy.deepcopy(draw(st.sampled_from(ACTIVATIONS)))
 
     layers: list[nn.Module] = []
     if draw(st.booleans()):

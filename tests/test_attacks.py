@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ccdist.attacks import ascend, pgd, uniform_start, worst_points
+from ccdist.attacks import ascend, cross_entropy_of, pgd, uniform_start, worst_points
 from ccdist.bounds import logit_differences
 from ccdist.interval import Interval
 from ccdist.networks import Network
@@ -29,7 +29,7 @@ def test_last_is_the_end_of_the_iterates_by_hand(case: strategies.Case, steps: i
     start = uniform_start(case.box, generator())
     expected = oracles.pgd(case.network, start, case.labels, case.box, steps=steps, step_size=step_size)[-1]
     actual = pgd(
-        case.network, case.labels, box=case.box, steps=steps, step_size=step_size, generator=generator(), keep="last"
+        case.network, case.labels, region=case.box, steps=steps, step_size=step_size, generator=generator(), keep="last"
     )
     assert torch.equal(actual, expected)
 
@@ -39,7 +39,7 @@ def test_best_is_the_worst_iterate_of_each_image(case: strategies.Case, steps: i
     start = uniform_start(case.box, generator())
     iterates = oracles.pgd(case.network, start, case.labels, case.box, steps=steps, step_size=0.5)
     worst = torch.stack([losses(case.network, point, case.labels) for point in iterates]).amax(0)
-    points = pgd(case.network, case.labels, box=case.box, steps=steps, step_size=0.5, generator=generator())
+    points = pgd(case.network, case.labels, region=case.box, steps=steps, step_size=0.5, generator=generator())
     assert torch.equal(losses(case.network, points, case.labels), worst)
 
 
@@ -47,7 +47,7 @@ def test_best_is_the_worst_iterate_of_each_image(case: strategies.Case, steps: i
 def test_points_stay_in_the_box_and_inputs_stay_as_they_are(case: strategies.Case, restarts: int) -> None:
     lower, upper = case.box.lower.clone(), case.box.upper.clone()
     points = pgd(
-        case.network, case.labels, box=case.box, steps=3, step_size=0.7, restarts=restarts, generator=generator()
+        case.network, case.labels, region=case.box, steps=3, step_size=0.7, restarts=restarts, generator=generator()
     )
     assert (points >= lower).all()
     assert (points <= upper).all()
@@ -62,7 +62,7 @@ def test_more_restarts_never_lower_the_loss(case: strategies.Case) -> None:
     found = [
         losses(
             case.network,
-            pgd(case.network, case.labels, box=case.box, steps=2, step_size=0.5, restarts=n, generator=generator()),
+            pgd(case.network, case.labels, region=case.box, steps=2, step_size=0.5, restarts=n, generator=generator()),
             case.labels,
         )
         for n in (1, 2, 4)
@@ -78,7 +78,7 @@ def test_a_step_of_2_radii_lands_on_the_worst_corner_of_a_linear_network() -> No
         head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     network = Network(nn.Sequential(nn.Flatten()), head)
     box = Interval(torch.tensor([[[[0.2, 0.1]]]]), torch.tensor([[[[0.6, 0.3]]]]))
-    points = pgd(network, torch.tensor([0]), box=box, steps=1, step_size=2.0, generator=generator())
+    points = pgd(network, torch.tensor([0]), region=box, steps=1, step_size=2.0, generator=generator())
     assert points.flatten().tolist() == [pytest.approx(0.2), pytest.approx(0.3)]
 
 
@@ -89,7 +89,7 @@ def test_one_step_by_hand() -> None:
         head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
     box = Interval(*torch.tensor([[[0.2, 0.1]], [[0.6, 0.3]]], dtype=torch.float64))
     x = torch.tensor([[0.4, 0.25]], dtype=torch.float64)
-    moved, logits = ascend(head, x, torch.tensor([0]), box=box, step_size=0.5)
+    moved, logits = ascend(head, x, cross_entropy_of(torch.tensor([0])), region=box, step_size=0.5)
     torch.testing.assert_close(moved, torch.tensor([[0.3, 0.3]], dtype=torch.float64))
     assert torch.equal(logits, x)
 
@@ -109,7 +109,7 @@ def test_the_generator_decides() -> None:
     labels = torch.tensor([0, 1, 0, 1])
     before = torch.get_rng_state()
     one, same, other = (
-        pgd(network, labels, box=box, steps=1, step_size=0.1, generator=generator(seed)) for seed in (3, 3, 4)
+        pgd(network, labels, region=box, steps=1, step_size=0.1, generator=generator(seed)) for seed in (3, 3, 4)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(one, same)
@@ -118,7 +118,9 @@ def test_the_generator_decides() -> None:
 
 def test_a_network_that_gives_nan_still_gets_points_of_the_box() -> None:
     box = Interval(torch.full((2, 3), 0.25), torch.full((2, 3), 0.75))
-    points = pgd(lambda x: x * torch.nan, torch.tensor([0, 1]), box=box, steps=2, step_size=0.5, generator=generator())
+    points = pgd(
+        lambda x: x * torch.nan, torch.tensor([0, 1]), region=box, steps=2, step_size=0.5, generator=generator()
+    )
     assert (points >= 0.25).all()
     assert (points <= 0.75).all()
 
@@ -129,7 +131,7 @@ def test_last_of_several_restarts_is_refused() -> None:
         pgd(
             nn.Linear(2, 2),
             torch.tensor([0]),
-            box=box,
+            region=box,
             steps=1,
             step_size=1.0,
             generator=generator(),
@@ -151,7 +153,7 @@ def test_worst_points_by_hand(case: strategies.Case, steps: int, restarts: int) 
         case.network,
         case.images,
         case.labels,
-        box=case.box,
+        region=case.box,
         steps=steps,
         step_size=0.5,
         restarts=restarts,
@@ -169,7 +171,7 @@ def test_no_attack_beats_the_clean_image_by_giving_up(case: strategies.Case) -> 
             case.network,
             case.images,
             case.labels,
-            box=case.box,
+            region=case.box,
             steps=2,
             step_size=0.5,
             restarts=restarts,

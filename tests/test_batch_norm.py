@@ -14,9 +14,9 @@ from ccdist.batch_norm import (
     batch_norm_layers,
     forward,
     forward_collecting,
-    recompute_running_statistics,
     scale_and_shift,
 )
+from ccdist.folded import recompute_running_statistics
 from ccdist.networks import Network, Residual
 
 # x * scale + shift rounds differently from (x - mean) / sqrt(var + eps): float64, values below a few hundred.

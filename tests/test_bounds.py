@@ -98,6 +98,74 @@ def test_a_convolution_is_the_loop() -> None:
         torch.testing.assert_close(up, middle + width)
 
 
+@pytest.mark.parametrize("layer", strategies.ACTIVATIONS, ids=str)
+@given(ends=strategies.tensors(2, 20), width=st.sampled_from([1e-6, 1e-2, 1.0, 10.0]))
+def test_an_activation_is_exact(layer: nn.Module, ends: Tensor, width: float) -> None:
+    """Against a dense grid: the bounds hold, and are attained up to the grid's step."""
+    box = Interval(ends[0], ends[0] + width * ends[1].abs())
+    bounds = interval_bounds(layer, box)
+    points = torch.linspace(0, 1, 2001, dtype=torch.float64).unsqueeze(1)
+    values = layer(box.lower + points * (box.upper - box.lower))
+    step = (box.upper - box.lower) / 2000
+    slack = BOUND_ROUNDING * (1 + values.abs().amax(0))
+    assert (bounds.lower - slack <= values.amin(0)).all()
+    assert (values.amax(0) <= bounds.upper + slack).all()
+    # no slope is above 2, and a grid misses an extremum by half a step at most
+    assert (values.amin(0) <= bounds.lower + step + slack).all()
+    assert (bounds.upper <= values.amax(0) + step + slack).all()
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_the_minimum_of_gelu_holds_for_every_float32_around_it(approximate: str) -> None:
+    bits = torch.tensor([-0.74, -0.765]).view(torch.int32).tolist()
+    x = torch.arange(*bits, dtype=torch.int32).view(torch.float32)
+    layer = nn.GELU(approximate)
+    lowest = interval_bounds(layer, Interval(x.amin().view(1), x.amax().view(1))).lower
+    assert lowest <= layer(x).min()
+    assert lowest.double() <= layer(x.double()).min()
+    assert float(lowest) == pytest.approx(float(layer(x.double()).min()), rel=1e-6)
+
+
+@pytest.mark.parametrize("layer", strategies.ACTIVATIONS, ids=str)
+@given(ends=strategies.tensors(2, 6))
+def test_bounds_of_an_activation_have_their_gradient(layer: nn.Module, ends: Tensor) -> None:
+    lower, upper = ends.amin(0).requires_grad_(), ends.amax(0).requires_grad_()
+
+    def both(low: Tensor, up: Tensor) -> Tensor:
+        bounds = interval_bounds(layer, Interval(low, up))
+        return torch.stack([bounds.lower, bounds.upper])
+
+    assert torch.autograd.gradcheck(both, (lower, upper))
+
+
+@pytest.mark.parametrize("layer", strategies.ACTIVATIONS, ids=str)
+def test_a_point_box_has_the_activation_s_gradient(layer: nn.Module) -> None:
+    x = torch.tensor([-30.0, -2.0, -0.5, 0.5, 2.0, 30.0], requires_grad=True)
+    bounds = interval_bounds(layer, Interval(x, x))
+    for bound in (bounds.lower, bounds.upper):
+        (expected,), (gradient,) = (torch.autograd.grad(out.sum(), x, retain_graph=True) for out in (layer(x), bound))
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(inplace=True), nn.LeakyReLU(0.1, inplace=True)], ids=str)
+def test_an_activation_in_place_is_refused_and_leaves_its_input(layer: nn.Module) -> None:
+    box = random_box(2, 2)
+    before = box.lower.clone()
+    with pytest.raises(UnsupportedLayerError, match=r"ReLU in place; use inplace=False"):
+        interval_bounds(nn.Sequential(nn.Identity(), layer), box)
+    assert torch.equal(box.lower, before)
+
+
+def test_a_trace_gives_the_inputs_of_every_activation_in_order() -> None:
+    body = nn.Sequential(nn.Linear(2, 2), nn.GELU())
+    trace = Trace()
+    network = nn.Sequential(nn.Tanh(), Residual(body, nn.Sigmoid()), nn.LeakyReLU()).double()
+    propagate(network, random_box(2), trace=trace)
+    entered = [box for layer, box in trace.steps if not isinstance(layer, nn.Linear)]
+    assert [type(layer) for layer, _ in trace.steps] == [nn.Tanh, nn.Linear, nn.GELU, nn.Sigmoid, nn.LeakyReLU]
+    assert [id(box) for box in trace.activation_inputs()] == [id(box) for box in entered]
+
+
 @given(case=strategies.cases())
 def test_every_layer_stays_inside_its_bounds(case: strategies.Case) -> None:
     trace = Trace()
@@ -185,9 +253,9 @@ def test_a_container_that_computes_something_else_is_refused() -> None:
 
 
 def test_the_place_of_a_nested_layer_is_named() -> None:
-    body = nn.Sequential(nn.ReLU(), nn.Sigmoid())
+    body = nn.Sequential(nn.ReLU(), nn.Softplus())
     network = Network(nn.Sequential(Residual(body), nn.Flatten()), nn.Linear(4, 2))
-    with pytest.raises(UnsupportedLayerError, match=r"Sigmoid at features\.0\.body\.1"):
+    with pytest.raises(UnsupportedLayerError, match=r"Softplus at features\.0\.body\.1"):
         interval_bounds(network, random_box(1, 2, 2))
 
 

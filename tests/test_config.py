@@ -10,16 +10,12 @@ import pytest
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 import ccdist
-from ccdist import config as config_module
+from ccdist import config, loss_config, optimizer_config
 from ccdist.config import (
     AttackConfig,
-    CCDistConfig,
     Config,
-    CyclicConfig,
     DataConfig,
     EpsilonScheduleConfig,
-    LossConfig,
-    MultiStepConfig,
     NetworkConfig,
     StudentConfig,
     TeacherConfig,
@@ -30,9 +26,16 @@ from ccdist.config import (
     exact_fraction,
     fingerprint,
 )
+from ccdist.loss_config import CCDistConfig, LossConfig
+from ccdist.optimizer_config import CyclicConfig, MultiStepConfig
 
 STUDENT = {"epochs": 4, "loss": {"kind": "cc_dist", "alpha": 0.5, "beta": 5.0}}
-CONFIGS = [value for value in vars(config_module).values() if inspect.isclass(value) and issubclass(value, Config)]
+CONFIGS = [
+    value
+    for module in (config, loss_config, optimizer_config)
+    for name, value in vars(module).items()
+    if inspect.isclass(value) and issubclass(value, Config) and not name.startswith("_")
+]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,8 @@ def test_unknown_keys_are_refused(kind: type[BaseModel], values: dict[str, Any])
         (EpsilonScheduleConfig, {"warm_up": "1/2", "ramp": "2/3"}, r"warm_up 1/2 \+ ramp 2/3 is more than 1"),
         (EpsilonScheduleConfig, {"warm_up": 1.5}, r"not in \[0, 1\]"),
         (TrainingAttackConfig, {"steps": 1, "step_size": 1, "keep": "last", "restarts": 2}, "keep: last"),
-        (NetworkConfig, {"name": "resnet"}, "unknown network 'resnet'; known: mlp"),
+        (NetworkConfig, {"name": "vgg"}, "unknown network 'vgg'; known: mlp"),
+        (NetworkConfig, {"activation": "swish"}, "Input should be 'relu', 'leaky_relu', 'tanh', 'sigmoid' or 'gelu'"),
         (VerifyConfig, {"threat": {"epsilon": 0.1}, "rungs": ["ibp", "ibp"]}, "name one twice"),
         (VerifyConfig, {"threat": {"epsilon": 0.1}, "rungs": ["milp"]}, "rungs"),
         (CCDistConfig, {"alpha": 1.5, "beta": 1}, "alpha"),

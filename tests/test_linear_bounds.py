@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ccdist.bounds import UnsupportedLayerError, logit_difference_lower_bounds
 from ccdist.interval import Interval
 from ccdist.linear_bounds import crown_lower_bounds
-from ccdist.networks import Network
+from ccdist.networks import Network, Residual
+
+RELU = nn.ReLU()
 
 # The first optimiser of a process imports torch's compiler, which takes seconds.
 pytestmark = pytest.mark.timeout(20)
@@ -51,16 +53,19 @@ def test_a_linear_network_is_exact(case: strategies.Case) -> None:
         torch.testing.assert_close(bound[row], exact, rtol=BOUND_ROUNDING, atol=BOUND_ROUNDING)
 
 
-def two_inputs(seed: int, hidden: int = 6) -> Network:
-    layers = [nn.Flatten(), nn.Linear(2, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+def two_inputs(seed: int, hidden: int = 6, activation: nn.Module = RELU) -> Network:
+    layers = [nn.Flatten(), nn.Linear(2, hidden), activation, nn.Linear(hidden, hidden), activation]
     return strategies.randomize(
         Network(nn.Sequential(*layers), nn.Linear(hidden, 3)), torch.Generator().manual_seed(seed)
     )
 
 
+@pytest.mark.parametrize("activation", strategies.ACTIVATIONS, ids=str)
 @given(seed=st.integers(0, 10_000), epsilon=st.sampled_from([0.01, 0.1, 0.5]))
-def test_no_grid_point_of_a_2_input_network_is_below_the_bound(seed: int, epsilon: float) -> None:
-    network = two_inputs(seed)
+def test_no_grid_point_of_a_2_input_network_is_below_the_bound(
+    activation: nn.Module, seed: int, epsilon: float
+) -> None:
+    network = two_inputs(seed, activation=activation)
     center = torch.rand(2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     lower, upper = (center - epsilon).clamp(0, 1), (center + epsilon).clamp(0, 1)
     points = oracles.grid(lower, upper, 41).view(-1, 1, 1, 2)
@@ -98,6 +103,49 @@ def test_hand_numbers() -> None:
     torch.testing.assert_close(crown, torch.tensor([[0.0, 0.0], [-2.0, 0.0], [-2.0, -1.0]], dtype=torch.float64))
     optimized = crown_lower_bounds(network, box, labels, optimize_steps=60)
     assert -0.6 < optimized[2, 1] <= -0.5 + BOUND_ROUNDING
+
+
+def test_hand_numbers_of_a_leaky_relu() -> None:
+    # x in [-1, 3], z0 = f(x), z1 = 0, f with slope 1/2: the chord from (-1, -1/2) to (3, 3) is 7/8 x + 3/8.
+    #   label 0: u > -l, slope 1 below: x >= -1; IBP -1/2 is better.   label 1: -f(x) >= -7/8 x - 3/8 >= -3 at x = 3.
+    # Slope 2 bends the other way: the chord from (-1, -2) to (3, 3) is 5/4 x - 3/4, below f.
+    #   label 0: 5/4 x - 3/4 >= -2.   label 1, slope 1 above: -x >= -3.
+    head = nn.Linear(1, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        head.bias.zero_()
+    box = Interval(torch.full((2, 1), -1.0), torch.full((2, 1), 3.0))
+    for slope, expected in ((0.5, [[-0.5], [-3.0]]), (2.0, [[-2.0], [-3.0]])):
+        network = Network(nn.Sequential(nn.LeakyReLU(slope)), head)
+        bound = crown_lower_bounds(network, box, torch.tensor([0, 1]))
+        torch.testing.assert_close(bound, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("activation", "low", "up", "slope"),
+    [
+        (nn.LeakyReLU(0.5), -1.0, 1.0, 0.5),  # the minimum 0 is on the line of slope 1/2 through the kink
+        (nn.LeakyReLU(2.0), -1.0, 1.0, 1.5),  # -1/2 at both ends: the chord of a concave one
+        (nn.Tanh(), 0.0, 2.0, 0.4),
+        (nn.Sigmoid(), -4.0, 0.0, 0.1),
+        (nn.GELU(), -1.0, 1.0, 0.5),  # 0, on the tangent at 0
+    ],
+    ids=str,
+)
+def test_lines_beat_intervals(activation: nn.Module, low: float, up: float, slope: float) -> None:
+    """f(x) - slope * x as a residual network of one input: intervals forget that both read the same x."""
+    shortcut, head = nn.Linear(1, 1, bias=False), nn.Linear(1, 2, bias=False)
+    with torch.no_grad():
+        shortcut.weight.fill_(-slope)
+        head.weight.copy_(torch.tensor([[1.0], [0.0]]))
+    network = Network(nn.Sequential(Residual(activation, shortcut)), head).double()
+    box, label = Interval(torch.tensor([[low]]).double(), torch.tensor([[up]]).double()), torch.tensor([0])
+    x = torch.linspace(low, up, 4001, dtype=torch.float64)
+    exact = float((activation(x) - slope * x).min())
+    bound = float(crown_lower_bounds(network, box, label, optimize_steps=20))
+    ibp = float(logit_difference_lower_bounds(network, box, label).detach())
+    assert bound <= exact + BOUND_ROUNDING
+    assert exact - bound < 0.3 * (exact - ibp)
 
 
 def test_optimisation_helps_somewhere() -> None:

@@ -2,14 +2,21 @@
 
 import json
 import math
+from typing import get_args
 
 import oracles
 import pytest
 import strategies
 import torch
+from contracts import BOUND_ROUNDING
 from hypothesis import given
 from torch import Tensor, nn
 
+from ccdist.activations import ACTIVATION_LAYERS, Activation
+from ccdist.batch_norm import forward_collecting
+from ccdist.bounds import elided_lower_bounds, logit_difference_lower_bounds, logit_differences, propagate
+from ccdist.interval import epsilon_box
+from ccdist.linear_bounds import crown_lower_bounds
 from ccdist.networks import ARCHITECTURES, Network, Normalize, Residual, build_network, describe, from_description
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -68,6 +75,80 @@ def test_flat_size_of_cnn7(shape: tuple[int, int, int], flat_of_width_8: int) ->
     assert network(torch.rand(2, *shape)).shape == (2, 7)
 
 
+def some_images(*shape: int) -> Tensor:
+    return torch.rand(4, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+SHAPES = [(3, 32, 32), (1, 28, 28), (1, 8, 8), (3, 64, 64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_takes_a_training_step_at_every_size(name: str, shape: tuple[int, int, int]) -> None:
+    network = build_network(name, input_shape=shape, num_classes=3, width=2).double()
+    images, labels = some_images(*shape), torch.tensor([0, 1, 2, 0])
+    statistics: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    logits = forward_collecting(network, images, statistics)
+    features = propagate(network.features, epsilon_box(images, 2 / 255), statistics=statistics)
+    bounds = elided_lower_bounds(network.head, features, labels)
+    (nn.functional.cross_entropy(logits, labels) - bounds.mean()).backward()
+    assert (bounds <= logit_differences(logits, labels) + BOUND_ROUNDING).all()
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert set(statistics) == set(norms)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("name", ["cnn5", "resnet"])
+def test_every_activation_is_bounded_by_ibp_and_crown(name: str, activation: Activation) -> None:
+    network = build_network(name, input_shape=(1, 8, 8), num_classes=3, width=2, activation=activation)
+    network, images, labels = network.double(), some_images(1, 8, 8), torch.tensor([0, 1, 2, 0])
+    box = epsilon_box(images, 2 / 255)
+    ibp, crown = logit_difference_lower_bounds(network, box, labels), crown_lower_bounds(network, box, labels)
+    assert (crown >= ibp).all()
+    assert (crown <= logit_differences(network(images), labels) + BOUND_ROUNDING).all()
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_features_end_in_the_activation_and_each_reads_a_normalised_input(name: str, activation: Activation) -> None:
+    network = build_network(name, input_shape=(1, 8, 8), num_classes=3, width=2, activation=activation)
+    kind = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "gelu": nn.GELU}
+    layers = [layer for layer in network.features.modules() if not any(layer.children())]
+    places = [place for place, layer in enumerate(layers) if isinstance(layer, ACTIVATION_LAYERS)]
+    # a flatten may follow: it moves values, nothing more
+    assert [type(layer) for layer in layers[places[-1] + 1 :]] in ([], [nn.Flatten])
+    assert {type(layers[place]) for place in places} == {kind[activation]}
+    assert all(isinstance(layers[place - 1], nn.BatchNorm1d | nn.BatchNorm2d) for place in places)
+
+
+def test_the_residual_network_block_by_block() -> None:
+    network = build_network("resnet", input_shape=(3, 32, 32), num_classes=10)
+    found = []
+    for block in network.features:
+        if isinstance(block, Residual):
+            assert isinstance(block.body, nn.Sequential)
+            first, last = block.body[0], block.body[-1]
+            assert isinstance(first, nn.Conv2d)
+            assert isinstance(last, nn.Conv2d)
+            assert isinstance(block.shortcut, nn.Conv2d)
+            shortcut = (block.shortcut.kernel_size, block.shortcut.stride)
+            found.append((first.in_channels, first.out_channels, last.out_channels, first.stride, *shortcut))
+    assert found == [(16, 32, 32, (2, 2), (1, 1), (2, 2)), (32, 32, 32, (2, 2), (1, 1), (2, 2))]
+    (hidden,) = [layer for layer in network.features if isinstance(layer, nn.Linear)]
+    assert (hidden.in_features, hidden.out_features) == (32 * 8 * 8, 128)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((3, 64, 64), 64), ((1, 28, 28), 49), ((1, 8, 8), 4), ((1, 7, 5), 4), ((1, 1, 1), 1)], ids=str
+)
+def test_flat_size_of_the_residual_network(shape: tuple[int, int, int], size: int) -> None:
+    network = build_network("resnet", input_shape=shape, num_classes=2, width=3)
+    (hidden, _) = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    assert hidden.in_features == 2 * 3 * size
+    assert network(torch.rand(2, *shape)).shape == (2, 2)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_runs_narrow_and_ends_in_a_relu(name: str) -> None:
     network = build_network(name, input_shape=(1, 8, 8), num_classes=10, width=4)
@@ -80,12 +161,13 @@ def test_every_architecture_runs_narrow_and_ends_in_a_relu(name: str) -> None:
 def test_default_widths() -> None:
     def first_width(name: str) -> int:
         with torch.device("meta"):  # counts only
-            layers, _ = ARCHITECTURES[name][0](ARCHITECTURES[name][1], (1, 8, 8))
+            layers, _ = ARCHITECTURES[name][0](ARCHITECTURES[name][1], (1, 8, 8), nn.ReLU)
         layer = next(layer for layer in layers if isinstance(layer, nn.Conv2d | nn.Linear))
         return layer.weight.shape[0]
 
     widths = {name: first_width(name) for name in ARCHITECTURES}
-    assert widths == {"mlp": 256, "cnn3": 16, "cnn5": 32, "cnn7": 64, "cnn7-wide": 128}
+    plain = {"mlp": 256, "cnn3": 16, "cnn5": 32, "cnn7": 64, "cnn7-narrow": 32, "cnn7-wide": 128}
+    assert widths == {**plain, "resnet": 16}
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -181,6 +263,8 @@ def test_a_stored_form_gives_the_same_function(drawn: tuple[Network, tuple[int, 
         nn.BatchNorm2d(2, 1e-3, 0.3, affine=False),
         nn.BatchNorm1d(2, momentum=None),
         nn.Flatten(2, -1),
+        nn.LeakyReLU(0.3),
+        nn.GELU(approximate="tanh"),
     ],
 )
 def test_no_option_of_a_layer_is_lost(layer: nn.Module) -> None:
@@ -196,8 +280,11 @@ def test_no_option_of_a_layer_is_lost(layer: nn.Module) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="unknown network 'resnet'; known: mlp, cnn3"):
-        build_network("resnet", input_shape=(1, 8, 8), num_classes=2)
+    with pytest.raises(ValueError, match="unknown network 'vgg'; known: mlp, cnn3"):
+        build_network("vgg", input_shape=(1, 8, 8), num_classes=2)
+    unchecked = build_network.__wrapped__  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="unknown activation 'swish'; known: relu, leaky_relu"):
+        unchecked("mlp", input_shape=(1, 8, 8), num_classes=2, activation="swish")
     with pytest.raises(ValueError, match="normalisation for 3 channels, but images have 1"):
         build_network("mlp", input_shape=(1, 8, 8), num_classes=2, mean=MEAN, std=STD)
     with pytest.raises(ValueError, match="one positive std a channel"):

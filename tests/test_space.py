@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from studies import TREE, config_of, tree, write_space
 
-from ccdist.config import CCDistConfig, CCIBPConfig
+from ccdist.loss_config import CCDistConfig, CCIBPConfig
 from search.config import SpaceFileError, load_search_config
 from search.recipe import derive_seed
 from search.space import FULL_CORNERS, Space

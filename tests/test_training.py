@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ccdist import training
+from ccdist import training, training_loop, training_step
 from ccdist.batch_norm import batch_norm_layers
 from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.config import DataConfig, StudentConfig, TeacherConfig, ThreatModel
@@ -75,13 +75,13 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 def in_float64(patch: pytest.MonkeyPatch) -> None:
     build = training._build
     patch.setattr(training, "_build", lambda *args: build(*args).double())
-    patch.setattr(training, "to_pixels", lambda images: images.double() / 255)
+    patch.setattr(training_loop, "to_pixels", lambda images: images.double() / 255)
 
 
 def five_steps() -> dict[str, Any]:
     """One batch an epoch, so that the history holds each step."""
     dataset = load_dataset(DATA)
-    step = {"epochs": 5, "batch_size": 40}
+    step = {"epochs": 5, "batch_size": 40, "precision": {"attack": "float32"}}
     teacher = train_teacher(dataset, THREAT, teacher_config(**step))
     student = train_student(dataset, THREAT, student_config(l1=1e-4, **step), teacher.network)
     return {
@@ -335,7 +335,8 @@ def test_the_styles_of_batch_norm_differ(dataset: Dataset, teacher: Network) -> 
     assert not torch.equal(one.network.head.weight, other.network.head.weight)
 
 
-def test_population_statistics_describe_the_training_set(dataset: Dataset, teacher: Network) -> None:
+def test_population_statistics_describe_the_training_set(teacher: Network) -> None:
+    dataset = load_dataset(DATA.model_copy(update={"flip": False, "crop_padding": 0}))
     config = student_config(population_statistics=True, batch_norm="clean", epochs=1)
     network = train_student(dataset, THREAT, config, teacher).network
     first = next(iter(batch_norm_layers(network)))
@@ -349,14 +350,14 @@ def test_population_statistics_describe_the_training_set(dataset: Dataset, teach
 
 
 def nan_at_call(number: int, patch: pytest.MonkeyPatch) -> None:
-    original = training.cc_ibp_loss
+    original = training_step.cc_ibp_loss
     calls: Iterator[int] = iter(range(10**6))
 
     def sabotaged(*args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = original(*args, **kwargs)
         return loss * torch.nan if next(calls) == number else loss
 
-    patch.setattr(training, "cc_ibp_loss", sabotaged)
+    patch.setattr(training_step, "cc_ibp_loss", sabotaged)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(
@@ -378,9 +379,9 @@ def test_a_loss_that_is_not_finite_stops_the_training(
 
 def test_a_gradient_that_is_not_finite_stops_the_training(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """The square root of 0 is 0, its gradient is infinite."""
-    original = training.cc_ibp_loss
+    original = training_step.cc_ibp_loss
     monkeypatch.setattr(
-        training,
+        training_step,
         "cc_ibp_loss",
         lambda adv, lower, *, alpha: original(adv, lower, alpha=alpha) + (adv - adv.detach()).abs().sum().sqrt(),
     )

@@ -296,8 +296,10 @@ def test_the_order_survives_the_division(certified: int) -> None:
 def test_quick_accuracies_by_hand() -> None:
     # standard as above; IBP certifies only x0 = 0.8 at 0.1, and all four correct ones at 0.01 (0.04 off the margins)
     network = hand_network()
-    assert quick_accuracies(network, HAND_IMAGES, HAND_LABELS, 0.1) == pytest.approx((0.8, 0.2))
-    assert quick_accuracies(network, HAND_IMAGES, HAND_LABELS, 0.01) == pytest.approx((0.8, 0.8))
+    assert quick_accuracies(network, HAND_IMAGES, HAND_LABELS, ThreatModel(epsilon="1/10")) == pytest.approx((0.8, 0.2))
+    assert quick_accuracies(network, HAND_IMAGES, HAND_LABELS, ThreatModel(epsilon="1/100")) == pytest.approx(
+        (0.8, 0.8)
+    )
 
 
 @pytest.fixture

@@ -1,0 +1,316 @@
+"""A network as a training step computes it: batch norm folded into convolutions, channels last, any precision.
+
+Points and intervals go through the same few steps. Intervals travel as centre and radius, which keeps a small
+radius exact where lower and upper bounds would round it away. Folding changes rounding only: the function is
+that of `batch_norm.forward`, the bounds are those of `bounds.propagate`, and tests compare them.
+
+Shapes: `B` batch, `C H W` image, `D` features.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ccdist.batch_norm import (
+    BatchNorm,
+    Statistics,
+    batch_norm_layers,
+    per_channel,
+    scale_and_shift,
+    update_running_statistics,
+)
+from ccdist.bounds import Trace, propagate
+from ccdist.fused import Geometry, batch_norm_with_statistics, interval_convolution, interval_linear, interval_relu
+from ccdist.interval import Interval
+from ccdist.networks import Network, Normalize, Residual
+
+
+@runtime_checkable
+class Step(Protocol):
+    """What every step of a folded network can do."""
+
+    def point(self, x: Tensor) -> Tensor: ...
+
+    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Convolution:
+    weight: Tensor
+    bias: Tensor | None
+    geometry: Geometry
+
+    def point(self, x: Tensor) -> Tensor:
+        return F.conv2d(x.to(self.weight.dtype), self.weight, self.bias, *self.geometry)
+
+    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+        dtype = self.weight.dtype
+        center, radius = interval_convolution(center.to(dtype), radius.to(dtype), self.weight, self.geometry)
+        return center if self.bias is None else center + per_channel(self.bias, center), radius
+
+
+# With fewer channels than this a convolution over the whole image is slower than the product of flat vectors.
+FEWEST_CHANNELS = 8
+
+
+@dataclass
+class Dense:
+    """A linear layer, of images together with the flattening before it.
+
+    An image in channels-last order has to be copied to be flattened. A convolution whose kernel is as large as the
+    image computes the same without, and on processors whose matrix library is not tuned for them faster. Scaling
+    this weight, most of a CNN7, costs more than scaling the outputs: batch norm is not folded into it.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    _kernel: Tensor | None = field(default=None, init=False)
+
+    def point(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)
+        if not self._is_convolution(x):
+            return F.linear(x.flatten(1), self.weight, self.bias)
+        return F.conv2d(x, self._kernel_for(x), self.bias).flatten(1)
+
+    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+        center, radius = center.to(self.weight.dtype), radius.to(self.weight.dtype)
+        if self._is_convolution(center):
+            kernel = self._kernel_for(center)
+            center, radius = interval_convolution(center, radius, kernel, ((1, 1), (0, 0), (1, 1), 1))
+            center, radius = center.flatten(1), radius.flatten(1)
+        else:
+            center, radius = interval_linear(center.flatten(1), radius.flatten(1), self.weight)
+        return center if self.bias is None else center + self.bias, radius
+
+    def _is_convolution(self, x: Tensor) -> bool:
+        return x.dim() == 4 and x.shape[1] >= FEWEST_CHANNELS
+
+    def _kernel_for(self, x: Tensor) -> Tensor:
+        if self._kernel is None:
+            kernel = self.weight.view(-1, *x.shape[1:])
+            self._kernel = kernel.contiguous(memory_format=torch.channels_last)
+        return self._kernel
+
+
+@dataclass(frozen=True)
+class Scale:
+    """scale * x + shift for each channel: a batch norm with its statistics fixed."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def point(self, x: Tensor) -> Tensor:
+        return x * per_channel(self.scale, x) + per_channel(self.shift, x)
+
+    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+        return self.point(center), radius * per_channel(self.scale, radius).abs()
+
+
+@dataclass(frozen=True)
+class BatchStatistics:
+    """A batch norm, and the ReLU after it, that use and record the statistics of the batch; points only."""
+
+    layer: BatchNorm
+    statistics: Statistics
+    relu: bool
+
+    def point(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        y, mean, variance = batch_norm_with_statistics(x, layer.weight, layer.bias, eps=layer.eps, relu=self.relu)
+        self.statistics[layer] = (mean, variance)
+        update_running_statistics(layer, mean, variance, count=x.numel() // x.shape[1])
+        return y
+
+    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("an interval has no batch statistics")
+
+
+@dataclass(frozen=True)
+class ReLU:
+    layer: nn.ReLU
+    shrink: float
+
+    def point(self, x: Tensor) -> Tensor:
+        return x.relu_()  # its input is the fresh output of the step before it
+
+    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+        if trace is not None:
+            trace.steps.append((self.layer, Interval.from_center(center, radius)))
+        return interval_relu(center, radius, shrink=self.shrink)
+
+
+@dataclass(frozen=True)
+class Other:
+    """Any other layer, by its own forward pass and its interval rule."""
+
+    layer: nn.Module
+    name: str
+
+    def point(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+        if isinstance(self.layer, Normalize):
+            return self.layer(center), radius / self.layer.std
+        box = propagate(self.layer, Interval.from_center(center, radius), trace=trace, name=self.name)
+        return box.center, box.radius
+
+
+@dataclass(frozen=True)
+class Sum:
+    """body(x) + shortcut(x)."""
+
+    body: list[Step]
+    shortcut: list[Step]
+
+    def point(self, x: Tensor) -> Tensor:
+        return folded_forward(self.body, x) + folded_forward(self.shortcut, x)
+
+    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+        body = _interval(self.body, center, radius, trace)
+        shortcut = _interval(self.shortcut, center, radius, trace)
+        return body[0] + shortcut[0], body[1] + shortcut[1]
+
+
+@dataclass
+class Fold:
+    """How layers become steps; the passes of one training step share what is made of its large weights.
+
+    Args:
+        dtype: precision of weights and of what flows between steps; None: that of the weights.
+        shrink: see `fused.interval_relu`.
+    """
+
+    dtype: torch.dtype | None = None
+    shrink: float = 1.0
+    _dense: dict[nn.Module, Dense] = field(default_factory=dict)
+
+    def fixed(self, module: nn.Module, statistics: Statistics | None = None) -> list[Step]:
+        """The steps of a Sequential of supported layers with its batch norms fixed.
+
+        Args:
+            statistics: of a batch, in whose graph the folded weights stay; None: the running ones.
+        """
+        layers = _leaves(module)
+        steps: list[Step] = []
+        while layers:
+            name, layer = layers.pop(0)
+            norm = layers[0][1] if layers else None
+            if _folds(layer) and isinstance(norm, nn.BatchNorm2d):
+                layers.pop(0)
+                steps.append(self._convolution(layer, scale_and_shift(norm, statistics)))
+            elif isinstance(layer, BatchNorm):
+                steps.append(Scale(*scale_and_shift(layer, statistics)))
+            elif type(layer) is Residual:
+                steps.append(Sum(self.fixed(layer.body, statistics), self.fixed(layer.shortcut, statistics)))
+            else:
+                steps.append(self._other(name, layer, layers, steps))
+        return steps
+
+    def collecting(self, module: nn.Module, statistics: Statistics) -> list[Step]:
+        """Steps for points whose batch norms use the batch's statistics and add them to `statistics`.
+
+        As `batch_norm.forward_collecting`: the running statistics are updated too.
+        """
+        layers = _leaves(module)
+        steps: list[Step] = []
+        while layers:
+            name, layer = layers.pop(0)
+            if isinstance(layer, BatchNorm):
+                relu = bool(layers) and type(layers[0][1]) is nn.ReLU
+                steps.append(BatchStatistics(layer, statistics, relu))
+                if relu:
+                    layers.pop(0)
+            elif type(layer) is Residual:
+                body, shortcut = (self.collecting(part, statistics) for part in (layer.body, layer.shortcut))
+                steps.append(Sum(body, shortcut))
+            else:
+                steps.append(self._other(name, layer, layers, steps))
+        return steps
+
+    def _other(self, name: str, layer: nn.Module, following: list[tuple[str, nn.Module]], before: list[Step]) -> Step:
+        """The step of a layer that no batch norm is folded into; a flattening takes the linear layer after it."""
+        if _folds(layer):
+            return self._convolution(layer, None)
+        if type(layer) is nn.Flatten and layer.start_dim == 1 and following and type(following[0][1]) is nn.Linear:
+            layer = following.pop(0)[1]
+        if type(layer) is nn.Linear:
+            if layer not in self._dense:
+                self._dense[layer] = Dense(self._cast(layer.weight), self._cast(layer.bias))
+            return self._dense[layer]
+        if type(layer) is nn.ReLU and before and isinstance(before[-1], Convolution | Dense | Scale):
+            return ReLU(layer, self.shrink)
+        return Other(layer, name)
+
+    def _convolution(self, layer: Any, scale_shift: tuple[Tensor, Tensor] | None) -> Convolution:
+        weight, bias = layer.weight, layer.bias
+        if scale_shift is not None:
+            scale, shift = scale_shift
+            weight = weight * scale.view(-1, 1, 1, 1)
+            bias = shift if bias is None else bias * scale + shift
+        weight = weight.to(self.dtype or weight.dtype, memory_format=torch.channels_last)
+        geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return Convolution(weight, self._cast(bias), geometry)
+
+    def _cast(self, tensor: Any) -> Any:
+        return tensor if tensor is None or self.dtype is None else tensor.to(self.dtype)
+
+
+def _folds(layer: nn.Module) -> bool:
+    return type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _leaves(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
+    if type(module) is not nn.Sequential:
+        return [(name, module)]
+    # Not named_children(), which leaves out a layer that stands in two places.
+    keyed = zip(module._modules, module, strict=True)
+    return [leaf for key, layer in keyed for leaf in _leaves(layer, f"{name}.{key}".lstrip("."))]
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Images in the memory order that convolutions are fastest in; anything else as it is."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+
+
+def folded_forward(steps: list[Step], x: Float[Tensor, "B ..."]) -> Float[Tensor, "B ..."]:
+    """The network's output for each x, in the precision that its steps have."""
+    x = channels_last(x)
+    for step in steps:
+        x = step.point(x)
+    return x
+
+
+def folded_interval(steps: list[Step], box: Interval, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
+    """Centre and radius of the outputs over the box; the inputs of activations are appended to `trace`."""
+    return _interval(steps, channels_last(box.center), channels_last(box.radius), trace)
+
+
+def _interval(steps: list[Step], center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+    for step in steps:
+        center, radius = step.interval(center, radius, trace)
+    return center, radius
+
+
+@torch.no_grad()
+def recompute_running_statistics(network: Network, batches: Iterable[Tensor]) -> None:
+    """Set running statistics to the plain average of batch statistics over all batches ("population").
+
+    Source: CTBench's option of the same purpose (METHOD section B.2).
+    """
+    layers = list(batch_norm_layers(network))
+    momenta = [layer.momentum for layer in layers]
+    try:
+        for index, images in enumerate(batches):
+            for layer in layers:
+                layer.momentum = 1 / (index + 1)  # a cumulative average: the first batch replaces what was there
+            folded_forward(Fold().collecting(network.features, {}), images)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
