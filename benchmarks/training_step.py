@@ -1,86 +1,457 @@
-"""Seconds of one CC-Dist student step against one plain PGD step of the same network, alternating in one run.
+"""Seconds and memory of one CC-Dist training step: this project's paths against the plain order of the public codes.
 
-python -m benchmarks.training_step [--network cnn7] [--width 64] [--batch 128] [--steps 8] [--repeats 5]
+    python -m benchmarks.training_step [--data DIR] [--repeats 7] [--threads 1 2] [--steps 8 1] [--device cpu]
+
+Each path has a process of its own and they take turns, step by step, so that a change of the machine's speed meets all
+of them; ratios are taken within a round. The network is first trained past its epsilon ramp, and every step starts
+from those weights, the same batch and the same attack start.
+
+    reference             ccdist.reference, as a plain PyTorch program runs it
+    reference, allocator  the same with ccdist.host_memory, which this project's command lines turn on
+    float32               this project's step, everything in float32
+    attack bfloat16       the same, attack in bfloat16 (the default where the processor has such units)
+    bfloat16              the same, every pass in bfloat16
 """
 
 import argparse
+import json
+import multiprocessing
+import os
 import platform
+import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ccdist.config import (
-    CCDistConfig,
-    EpsilonScheduleConfig,
-    NetworkConfig,
-    StudentConfig,
-    TeacherConfig,
-    ThreatModel,
-    TrainingAttackConfig,
-)
-from ccdist.data import Dataset, ImageSet
-from ccdist.networks import build_network
+from ccdist import checkpoint
+from ccdist.config import DataConfig, StudentConfig, TeacherConfig, ThreatModel
+from ccdist.data import Dataset, ImageSet, load_dataset, to_pixels
+from ccdist.fused import product
+from ccdist.host_memory import keep_freed_memory
+from ccdist.networks import Network
+from ccdist.reference import reference_loss
 from ccdist.training import train_student, train_teacher
+from ccdist.training_step import Batch, EpsilonSchedule, StepPrecision, StudentStep
+
+BATCH = 128
+THREAT = ThreatModel(epsilon="2/255")
+PRECISIONS = {
+    "float32": StepPrecision(),
+    "attack bfloat16": StepPrecision(attack="bfloat16", teacher="bfloat16"),
+    "bfloat16": StepPrecision("bfloat16", "bfloat16", "bfloat16"),
+}
+PATHS = ("reference", "reference, allocator", *PRECISIONS)
+EQUALITY_STEPS = 20
+FORWARD_FLOPS = 38.6e9  # of CNN7 at width 64 for 128 images of 3x32x32; scaled for other widths by counting
+
+
+def student_config(steps: int) -> StudentConfig:
+    """The published CC-IBP recipe of CIFAR-10 at 2/255 with distillation; with one step the attack of that at 8/255."""
+    attack = (
+        {"steps": 8, "step_size": 0.25, "kappa": 2.1}
+        if steps == 8
+        else {"steps": steps, "step_size": 10, "keep": "last"}
+    )
+    return StudentConfig.model_validate(
+        {"epochs": 1, "loss": {"kind": "cc_dist", "alpha": 0.01, "beta": 5.0}, "attack": attack, "l1": 3e-6}
+        | {"epsilon_schedule": {"warm_up": 0, "ramp": 0}, "shi_weight": 0.0}
+    )
+
+
+# ---- the network that is timed -------------------------------------------------------------------------------------
+
+
+def prepare(args: argparse.Namespace) -> Path:
+    """A teacher and a student trained two epochs past its ramp, stored for every path and every later call."""
+    folder = Path(args.out) / f"cnn7-{args.width}-{args.train_images}"
+    if (folder / "student").exists():
+        return folder
+    dataset = _dataset(args)
+    network = {"name": "cnn7", "width": args.width}
+    attack = {"steps": 1, "step_size": 10, "keep": "last"}
+    teacher = train_teacher(
+        dataset,
+        THREAT,
+        TeacherConfig.model_validate({"network": network, "epochs": 2, "attack": attack}),
+        device=args.device,
+    ).network
+    schedule = {"warm_up": "1/6", "ramp": "1/2"}
+    loss = {"kind": "cc_dist", "alpha": 0.01, "beta": 5.0}
+    student = train_student(
+        dataset,
+        THREAT,
+        StudentConfig.model_validate(
+            {"network": network, "epochs": 6, "attack": attack, "loss": loss, "epsilon_schedule": schedule}
+        ),
+        teacher,
+        device=args.device,
+        on_epoch=lambda report: print(f"  preparing: epoch {report.epoch} of 6, {report.seconds:.0f} s", flush=True),
+    ).network
+    for name, trained in (("teacher", teacher), ("student", student)):
+        checkpoint.save(folder / name, trained.cpu())
+    images = to_pixels(dataset.train.images[: EQUALITY_STEPS * BATCH])
+    checkpoint.save_state(folder / "batches", {"images": images, "labels": dataset.train.labels[: len(images)]}, {})
+    return folder
+
+
+def _dataset(args: argparse.Namespace) -> Dataset:
+    if args.data:
+        config = DataConfig(name="cifar10", path=args.data, train_images=args.train_images, flip=True, crop_padding=2)
+        return load_dataset(config)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (args.train_images, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    part = ImageSet(images, torch.randint(10, (len(images),), generator=generator))
+    stats = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25), "flip": True, "crop_padding": 2}
+    return Dataset("random", part, part, 10, **stats, fingerprint="random")
+
+
+# ---- one path ------------------------------------------------------------------------------------------------------
+
+
+class StepPath:
+    """One way to compute a step, with its network, optimiser and clock."""
+
+    def __init__(self, name: str, folder: Path, device: str) -> None:
+        self.name, self.device = name, torch.device(device)
+        self.network = checkpoint.load(folder / "student").to(self.device)
+        self.teacher = checkpoint.load(folder / "teacher").to(self.device).requires_grad_(False)
+        self.weights = {key: value.clone() for key, value in self.network.state_dict().items()}
+        tensors, _ = checkpoint.load_state(folder / "batches")
+        self.images, self.labels = tensors["images"].to(self.device), tensors["labels"].to(self.device)
+        plain = name.startswith("reference")
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=5e-4, **({} if plain else {"fused": True}))
+        self.clock = Clock(self.device)
+
+    def reset(self) -> None:
+        self.network.load_state_dict(self.weights)
+        self.optimizer.state.clear()
+
+    def loss(self, index: int, steps: int, *, clean_pass: bool = True) -> Tensor:
+        part = slice(index * BATCH % len(self.images), None)
+        images, labels = self.images[part][:BATCH], self.labels[part][:BATCH]
+        generator = torch.Generator(self.device).manual_seed(index)
+        config = student_config(steps)
+        if self.name.startswith("reference"):
+            return reference_loss(
+                self.network,
+                self.teacher,
+                images,
+                labels,
+                config,
+                THREAT,
+                epsilon=THREAT.radius,
+                epsilon_max=THREAT.radius,
+                attack_generator=generator,
+                clean_pass=clean_pass,
+                on_phase=self.clock.phase,
+            )
+        step = self._step(config)
+        loss, _ = step(Batch(1 + index, images, labels, generator))
+        return loss
+
+    def _step(self, config: StudentConfig) -> StudentStep:
+        if not hasattr(self, "_made"):
+            self._made: dict[int, StudentStep] = {}
+        if config.attack.steps not in self._made:
+            schedule = EpsilonSchedule(config.epsilon_schedule, THREAT, 10**6)
+            step = StudentStep(self.network, self.teacher, config, THREAT, schedule, PRECISIONS[self.name])
+            self._made[config.attack.steps] = self.clock.attached(step)
+        return self._made[config.attack.steps]
+
+    def timed_step(self, steps: int) -> dict[str, Any]:
+        self.reset()
+        self.clock.start()
+        loss = self.loss(0, steps)
+        with self.clock.phase("backward"):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        with self.clock.phase("optimiser"):
+            nn.utils.clip_grad_norm_(self.network.parameters(), 10.0)
+            self.optimizer.step()
+        return {"seconds": self.clock.total(), "phases": dict(self.clock.phases), "loss": float(loss.detach())}
+
+
+@dataclass
+class Clock:
+    """Seconds by phase; on a GPU each phase waits for the device."""
+
+    device: torch.device
+    phases: dict[str, float] = field(default_factory=dict)
+    started: float = 0.0
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def start(self) -> None:
+        self.phases.clear()
+        self.started = self.now()
+
+    def total(self) -> float:
+        return self.now() - self.started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begun = self.now()
+        yield
+        self.phases[name] = self.phases.get(name, 0.0) + self.now() - begun
+
+    def attached(self, step: StudentStep) -> StudentStep:
+        """The step with its passes timed."""
+        passes = {
+            "_attacked": "attack",
+            "_features": "forward",
+            "_feature_box": "bounds",
+            "_teacher_features": "teacher",
+        }
+        for method, name in passes.items():
+            setattr(step, method, self._timed(getattr(step, method), name))
+        return step
+
+    def _timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            with self.phase(name):
+                return function(*args)
+
+        return timed
+
+
+def serve(name: str, folder: Path, device: str, pipe: Connection) -> None:
+    """A path's process: answers requests until it is told to stop."""
+    if name not in ("reference",):
+        keep_freed_memory()
+    path = StepPath(name, folder, device)
+    while True:
+        request = pipe.recv()
+        if request is None:
+            return
+        kind, argument = request
+        if kind == "threads":
+            torch.set_num_threads(argument)
+            pipe.send(None)
+        elif kind == "step":
+            pipe.send(path.timed_step(argument))
+        else:
+            pipe.send(_peak_memory(path.device))
+
+
+def _peak_memory(device: torch.device) -> float:
+    """MB: of the whole process on a CPU, of what PyTorch reserved on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Contestant:
+    """A path in its process."""
+
+    name: str
+    process: Any
+    pipe: Connection
+
+    @classmethod
+    def start(cls, name: str, folder: Path, device: str) -> "Contestant":
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(name, folder, device, theirs), daemon=True)
+        process.start()
+        return cls(name, process, ours)
+
+    def ask(self, kind: str, argument: Any = None) -> Any:
+        self.pipe.send((kind, argument))
+        return self.pipe.recv()
+
+    def stop(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
+
+def measure(folder: Path, args: argparse.Namespace, steps: int, threads: int) -> dict[str, Any]:
+    """Rounds in which every path makes one step; the first round warms up and is not counted."""
+    contestants = [Contestant.start(name, folder, args.device) for name in args.paths]
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in args.paths}
+    for contestant in contestants:
+        contestant.ask("threads", threads)
+    for number in range(args.repeats + 1):
+        for contestant in contestants:
+            answer = contestant.ask("step", steps)
+            if number:
+                rounds[contestant.name].append(answer)
+    memory = {contestant.name: contestant.ask("memory") for contestant in contestants}
+    for contestant in contestants:
+        contestant.stop()
+    return {"rounds": rounds, "memory_mb": memory}
+
+
+def passes(steps: int, *, reference: bool) -> int:
+    """Forward passes' worth of a step's products: forward 1, gradient of inputs 1, of weights 1, bounds twice that."""
+    attack = 2 * steps + (steps > 1)  # keeping the best iterate costs one more forward pass
+    differentiated = 3 * (1 + 2)  # adversarial points, centres, radii; each forward, inputs, weights
+    return attack + differentiated + 1 + reference  # teacher; the clean pass of the public codes
+
+
+def peaks(threads: int, device: torch.device) -> dict[str, float]:
+    """FLOP/s of the best large product that PyTorch offers here, for each precision."""
+    torch.set_num_threads(threads)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
+        x = torch.randn(128, 128, 16, 16, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        w = torch.randn(128, 128, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+        candidates = {
+            "matmul": (lambda a=a, b=b: F.linear(a, b), 2 * 4096**3),
+            "product": (lambda a=a, b=b: product(a, b), 2 * 4096**3),
+            "convolution": (lambda x=x, w=w: F.conv2d(x, w, None, 1, 1), 2 * 128 * 128 * 256 * 128 * 9),
+        }
+        for name, (compute, flops) in candidates.items():
+            found[f"{name} {str(dtype).removeprefix('torch.')}"] = flops / _best_seconds(compute, device)
+    return found
+
+
+def _best_seconds(compute: Callable[[], object], device: torch.device) -> float:
+    clock = Clock(device)
+    times = []
+    with torch.no_grad():
+        for _ in range(8):
+            clock.start()
+            compute()
+            times.append(clock.total())
+    return min(times)
+
+
+def equality(folder: Path, device: str, steps: int, name: str) -> dict[str, float]:
+    """Largest relative loss difference and smallest gradient cosine over steps that start from equal weights."""
+    ours, reference = StepPath(name, folder, device), StepPath("reference", folder, device)
+    worst_loss, worst_cosine = 0.0, 1.0
+    for index in range(EQUALITY_STEPS):
+        ours.network.load_state_dict(reference.network.state_dict())
+        losses, gradients = [], []
+        for path in (reference, ours):
+            path.optimizer.zero_grad(set_to_none=True)
+            # The clean pass moves the running statistics that the attack reads, and nothing else.
+            loss = path.loss(index, steps, clean_pass=False)
+            loss.backward()
+            losses.append(float(loss.detach()))
+            gradients.append(torch.cat([p.grad.flatten().double() for p in path.network.parameters()]))
+        worst_loss = max(worst_loss, abs(losses[1] - losses[0]) / abs(losses[0]))
+        worst_cosine = min(worst_cosine, float(F.cosine_similarity(*gradients, dim=0)))
+        nn.utils.clip_grad_norm_(reference.network.parameters(), 10.0)
+        reference.optimizer.step()
+    return {"relative_loss_difference": worst_loss, "gradient_cosine": worst_cosine}
+
+
+# ---- telling -------------------------------------------------------------------------------------------------------
+
+
+def tell(result: dict[str, Any], forward_flops: float, peak: float, steps: int, threads: int, repeats: int) -> None:
+    print(f"\n{steps} attack steps, {threads} threads, n = {repeats} rounds: median (lowest to highest)")
+    print(
+        f"{'':>21} {'seconds a step':>24} {'images/s':>9} {'passes':>7} {'of peak':>8} {'peak MB':>8} "
+        f"{'times faster':>22}"
+    )
+    base = [answer["seconds"] for answer in result["rounds"][PATHS[0]]]
+    for name, answers in result["rounds"].items():
+        seconds = [answer["seconds"] for answer in answers]
+        median = statistics.median(seconds)
+        count = passes(steps, reference=name.startswith("reference"))
+        ratios = [b / s for b, s in zip(base, seconds, strict=True)]
+        spread = f"{median:.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
+        faster = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(
+            f"{name:>21} {spread:>24} {BATCH / median:>9.1f} {count:>6}F {count * forward_flops / median / peak:>8.0%} "
+            f"{result['memory_mb'][name]:>8.0f} {faster:>22}"
+        )
+    for name, answers in result["rounds"].items():
+        phases = {
+            key: statistics.median([answer["phases"].get(key, 0.0) for answer in answers])
+            for key in answers[0]["phases"]
+        }
+        print(f"{name:>21}: " + ", ".join(f"{key} {value:.3f}" for key, value in phases.items()))
+
+
+def forward_flops(network: Network) -> float:
+    """Twice the multiplications of one forward pass of a batch."""
+    total = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal total
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        total += 2 * output.numel() * module.weight[0].numel()
+
+    hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        network(torch.zeros(1, 3, 32, 32))
+    for hook in hooks:
+        hook.remove()
+    return float(total * BATCH)
 
 
 def main() -> None:
     args = _arguments()
-    torch.set_num_threads(args.threads)
-    dataset, threat = _random_images(args.batch), ThreatModel(epsilon="2/255")
-    network = NetworkConfig(name=args.network, width=args.width)
-    attack = TrainingAttackConfig(steps=args.steps, step_size=0.25)
-    common = {"network": network, "epochs": 1, "batch_size": args.batch, "attack": attack}
-    teacher_config = TeacherConfig(**common)
-    # No warm-up and no ramp, so that the step is one at the target epsilon.
-    schedule = EpsilonScheduleConfig(warm_up=0, ramp=0)
-    student_config = StudentConfig(**common, loss=CCDistConfig(alpha=0.01, beta=5), epsilon_schedule=schedule)
-    teacher = build_network(args.network, width=args.width, input_shape=(3, 32, 32), num_classes=10)
-    timed: dict[str, Callable[[], object]] = {
-        "CC-Dist student": lambda: train_student(dataset, threat, student_config, teacher),
-        "PGD": lambda: train_teacher(dataset, threat, teacher_config),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in timed}
-    for repeat in range(args.repeats + 1):  # the first round warms up
-        for name, run in timed.items():
-            started = time.perf_counter()
-            run()
-            if repeat:
-                seconds[name].append((time.perf_counter() - started) / STEPS)
+    keep_freed_memory()
+    folder = prepare(args)
+    device = torch.device(args.device)
+    flops = forward_flops(checkpoint.load(folder / "student"))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} cores of {_processor()}"
+    print(f"{name}; torch {torch.__version__}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}")
     print(
-        f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, Python {platform.python_version()}"
+        f"CNN7 width {args.width}, 3x32x32, batch {BATCH}; F = one forward pass = {flops / 1e9:.1f} GFLOP; "
+        f"load {os.getloadavg()[0]:.1f}"
     )
-    print(
-        f"{args.network} width {args.width}, 3x32x32, batch {args.batch}, {args.steps} attack steps, n = {args.repeats}"
-    )
-    for name, values in seconds.items():
-        spread = f"{min(values):.3f} to {max(values):.3f}"
-        print(f"{name:>16}: {statistics.median(values):.3f} s a step ({spread}), start-up of the run included")
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    print(f"{'ratio':>16}: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    stored: list[dict[str, Any]] = []
+    for threads in args.threads:
+        found = peaks(threads, device)
+        print(f"\npeaks with {threads} threads, GFLOP/s: " + ", ".join(f"{k} {v / 1e9:.0f}" for k, v in found.items()))
+        for steps in args.steps:
+            result = measure(folder, args, steps, threads)
+            peak = max(value for key, value in found.items() if "float32" in key and "bfloat16" not in key)
+            tell(result, flops, peak, steps, threads, args.repeats)
+            stored.append({"threads": threads, "steps": steps, "peaks": found} | result)
+    if args.equality:
+        torch.set_num_threads(max(args.threads))
+        print(f"\nagainst the reference, {EQUALITY_STEPS} steps from equal weights, batch and attack start:")
+        for path in PRECISIONS:
+            for steps in args.steps:
+                found = equality(folder, args.device, steps, path)
+                print(
+                    f"{path:>21}, {steps} attack steps: relative loss difference up to "
+                    f"{found['relative_loss_difference']:.1e}, gradient cosine down to {found['gradient_cosine']:.6f}",
+                    flush=True,
+                )
+    (folder / "last.json").write_text(json.dumps(stored))
 
 
-STEPS = 3  # in one timed run; the epsilon schedule reaches its target after the first
-
-
-def _random_images(batch: int) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    count = STEPS * batch
-    images = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    part = ImageSet(images, torch.randint(10, (count,), generator=generator))
-    ones = (1.0, 1.0, 1.0)
-    return Dataset("random", part, part, 10, (0.0, 0.0, 0.0), ones, flip=False, crop_padding=0, fingerprint="random")
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="cnn7")
+    parser.add_argument("--data", help="folder with CIFAR-10's train.parquet; without it random images")
+    parser.add_argument("--out", default="runs/benchmark", help="where the trained network is kept")
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--train-images", type=int, default=EQUALITY_STEPS * BATCH)
+    parser.add_argument("--steps", type=int, nargs="+", default=[8, 1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=PATHS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--no-equality", dest="equality", action="store_false")
     return parser.parse_args()
 
 

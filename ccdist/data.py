@@ -90,7 +90,7 @@ def to_pixels(images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Training and validation images: a seeded permutation of the training set, validation first.
+    """Training and validation images: a seeded permutation of the training set, validation first, or none of it.
 
     Limits on the number of images take a prefix of their own part, so they never move an image across.
 
@@ -103,12 +103,14 @@ def load_dataset(config: DataConfig) -> Dataset:
     num_validation = round(config.validation * len(order))
     validation = order[:num_validation][: config.validation_images]
     train = order[num_validation:][: config.train_images]
-    if len(validation) == 0 or len(train) < 2:
+    if len(train) < 2 or (len(validation) == 0 and config.validation > 0):
         raise ValueError(
             f"data set {config.name} has {len(order)} training images; a validation share of {config.validation} "
             f"leaves {len(train)} to train on and {len(validation)} to validate on"
         )
-    parts = [_decode(source, indices) for indices in (train, validation)]
+    decoded = _decode(source, train)
+    none = ImageSet(decoded.images[:0], decoded.labels[:0])
+    parts = [decoded, _decode(source, validation) if len(validation) else none]
     channels = parts[0].images.shape[1]
     known = KNOWN.get(config.name, _Known((0.0,) * channels, (1.0,) * channels))
     mean, std = config.mean or known.mean, config.std or known.std

@@ -25,7 +25,14 @@ from ccdist.batch_norm import (
     update_running_statistics,
 )
 from ccdist.bounds import Trace, propagate
-from ccdist.fused import Geometry, batch_norm_with_statistics, interval_convolution, interval_linear, interval_relu
+from ccdist.fused import (
+    Geometry,
+    batch_norm_with_statistics,
+    interval_convolution,
+    interval_linear,
+    interval_relu,
+    linear,
+)
 from ccdist.interval import Interval
 from ccdist.networks import Network, Normalize, Residual
 
@@ -50,8 +57,7 @@ class Convolution:
 
     def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
         dtype = self.weight.dtype
-        center, radius = interval_convolution(center.to(dtype), radius.to(dtype), self.weight, self.geometry)
-        return center if self.bias is None else center + per_channel(self.bias, center), radius
+        return interval_convolution(center.to(dtype), radius.to(dtype), self.weight, self.bias, self.geometry)
 
 
 # With fewer channels than this a convolution over the whole image is slower than the product of flat vectors.
@@ -62,9 +68,11 @@ FEWEST_CHANNELS = 8
 class Dense:
     """A linear layer, of images together with the flattening before it.
 
-    An image in channels-last order has to be copied to be flattened. A convolution whose kernel is as large as the
-    image computes the same without, and on processors whose matrix library is not tuned for them faster. Scaling
-    this weight, most of a CNN7, costs more than scaling the outputs: batch norm is not folded into it.
+    An image in channels-last order has to be copied to be flattened. Where the weight is fixed, as in the many passes
+    of an attack, a convolution whose kernel is as large as the image computes the same without that copy, and on
+    processors whose matrix library is not tuned for them in half the time; the gradient of such a kernel costs more
+    than it saves. Scaling this weight, most of a CNN7, costs more than scaling the outputs: batch norm is not folded
+    into it.
     """
 
     weight: Tensor
@@ -74,21 +82,16 @@ class Dense:
     def point(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
         if not self._is_convolution(x):
-            return F.linear(x.flatten(1), self.weight, self.bias)
+            return linear(x.flatten(1), self.weight, self.bias)
         return F.conv2d(x, self._kernel_for(x), self.bias).flatten(1)
 
     def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
-        center, radius = center.to(self.weight.dtype), radius.to(self.weight.dtype)
-        if self._is_convolution(center):
-            kernel = self._kernel_for(center)
-            center, radius = interval_convolution(center, radius, kernel, ((1, 1), (0, 0), (1, 1), 1))
-            center, radius = center.flatten(1), radius.flatten(1)
-        else:
-            center, radius = interval_linear(center.flatten(1), radius.flatten(1), self.weight)
+        center, radius = (part.to(self.weight.dtype).flatten(1) for part in (center, radius))
+        center, radius = interval_linear(center, radius, self.weight)
         return center if self.bias is None else center + self.bias, radius
 
     def _is_convolution(self, x: Tensor) -> bool:
-        return x.dim() == 4 and x.shape[1] >= FEWEST_CHANNELS
+        return x.dim() == 4 and x.shape[1] >= FEWEST_CHANNELS and not self.weight.requires_grad
 
     def _kernel_for(self, x: Tensor) -> Tensor:
         if self._kernel is None:

@@ -5,6 +5,7 @@ Each stands for a few lines of plain tensor code, which its docstring gives and 
 Shapes: `B` batch, `C` channels, `D` input and `O` output units.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class _BatchNorm(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if grad_y is not None:
             if y is not None:
-                grad_y = _aten.threshold_backward(grad_y, y, 0)
+                grad_y = _where_positive(grad_y, y)
             grad_x, grad_weight, grad_bias = _aten.native_batch_norm_backward(
                 grad_y, x, weight, None, None, mean, inverse_std, True, ctx.eps, [True, weight is not None, True]
             )
@@ -93,19 +94,39 @@ def interval_relu(
 
 
 class _IntervalReLU(torch.autograd.Function):
+    """Masks are applied by threshold_backward(x, y, 0), x where y > 0: on a CPU `where` takes ten times as long.
+
+    Which units are active or dead is read off the results, so nothing is kept for the backward pass that the next
+    layer does not keep anyway: active is centre > radius, unstable is centre = radius > 0, dead is both 0.
+    """
+
     @staticmethod
     def forward(ctx: Any, center: Tensor, radius: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
-        half = (center + radius).relu_().mul_(0.5 * shrink)  # centre and radius of an unstable unit, 0 of a dead one
-        active = center > radius
-        ctx.save_for_backward(active, (half > 0).logical_and_(~active))
+        lower = center - radius
+        half = torch.lerp(center, radius, 0.5).relu_()  # half the upper bound: centre and radius of an unstable unit
+        half.sub_(_where_positive(half, lower))
+        if shrink != 1:
+            half.mul_(shrink)
+        new_center, new_radius = _where_positive(center, lower).add_(half), _where_positive(radius, lower).add_(half)
+        ctx.save_for_backward(new_center, new_radius)
         ctx.shrink = shrink
-        return torch.where(active, center, half), torch.where(active, radius, half)
+        return new_center, new_radius
 
     @staticmethod
     def backward(ctx: Any, grad_center: Tensor, grad_radius: Tensor) -> tuple[Tensor, Tensor, None]:
-        active, unstable = ctx.saved_tensors
-        both = (grad_center + grad_radius).mul_(unstable).mul_(0.5 * ctx.shrink)
-        return torch.where(active, grad_center, both), torch.where(active, grad_radius, both), None
+        center, radius = ctx.saved_tensors
+        lower = center - radius
+        both = _where_positive(torch.lerp(grad_center, grad_radius, 0.5), center)
+        both.sub_(_where_positive(both, lower))
+        if ctx.shrink != 1:
+            both.mul_(ctx.shrink)
+        return _where_positive(grad_center, lower).add_(both), _where_positive(grad_radius, lower).add_(both), None
+
+
+def _where_positive(x: Tensor, y: Tensor) -> Tensor:
+    """x where y > 0, else 0."""
+    selected: Tensor = _aten.threshold_backward(x, y, 0)
+    return selected
 
 
 def interval_linear(
@@ -120,19 +141,61 @@ class _IntervalLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, center: Tensor, radius: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(center, radius, weight)
-        return F.linear(center, weight), F.linear(radius, weight.abs())
+        return product(center, weight), product(radius, weight.abs())
 
     @staticmethod
     def backward(ctx: Any, grad_center: Tensor, grad_radius: Tensor) -> tuple[Tensor | None, ...]:
         center, radius, weight = ctx.saved_tensors
         needs_center, needs_radius, needs_weight = ctx.needs_input_grad
-        input_center = grad_center @ weight if needs_center else None
-        input_radius = grad_radius @ weight.abs() if needs_radius else None
+        input_center = product(grad_center, weight.t()) if needs_center else None
+        input_radius = product(grad_radius, weight.abs().t()) if needs_radius else None
         grad_weight = None
         if needs_weight:
-            grad_weight = (grad_radius.t() @ radius).mul_(weight.sign())
-            grad_weight.addmm_(grad_center.t(), center)
+            grad_weight = product(grad_radius.t(), radius.t()).mul_(weight.sign())
+            grad_weight.add_(product(grad_center.t(), center.t()))
         return input_center, input_radius, grad_weight
+
+
+def linear(
+    x: Float[Tensor, "B D"], weight: Float[Tensor, "O D"], bias: Float[Tensor, " O"] | None
+) -> Float[Tensor, "B O"]:
+    """x W^T + b, by the faster of the matrix libraries (see `product`)."""
+    out: Tensor = _Linear.apply(x, weight)
+    return out if bias is None else out + bias
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        return (
+            product(grad, weight.t()) if needs_x else None,
+            product(grad.t(), x.t()) if needs_weight else None,
+        )
+
+
+def product(a: Float[Tensor, "M K"], b: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
+    """a b^T without a graph.
+
+    PyTorch gives float32 products to MKL, which on processors of another maker runs at half the rate of oneDNN. There
+    they go to oneDNN by the operator that PyTorch's own compiler uses for it.
+    """
+    if a.dtype == torch.float32 and a.device.type == "cpu" and _prefers_onednn():
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return out
+    return F.linear(a, b)
+
+
+@functools.cache
+def _prefers_onednn() -> bool:
+    maker = str(torch.cpu.get_capabilities().get("cpu_name", ""))
+    return "AMD" in maker and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
@@ -142,41 +205,43 @@ def interval_convolution(
     center: Float[Tensor, "B C H W"],
     radius: Float[Tensor, "B C H W"],
     weight: Float[Tensor, "O I h w"],
+    bias: Float[Tensor, " O"] | None,
     geometry: Geometry,
 ) -> tuple[Float[Tensor, "B O Y X"], Float[Tensor, "B O Y X"]]:
-    """(center * W, radius * |W|): the convolution of an interval, its bias left to the caller; as `interval_linear`."""
-    new_center, new_radius = _IntervalConvolution.apply(center, radius, weight, geometry)
+    """(center * W + b, radius * |W|): the convolution of an interval, as `interval_linear`."""
+    new_center, new_radius = _IntervalConvolution.apply(center, radius, weight, bias, geometry)
     return new_center, new_radius
 
 
 class _IntervalConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, center: Tensor, radius: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, center: Tensor, radius: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(center, radius, weight)
         ctx.geometry = geometry
-        return F.conv2d(center, weight, None, *geometry), F.conv2d(radius, weight.abs(), None, *geometry)
+        return F.conv2d(center, weight, bias, *geometry), F.conv2d(radius, weight.abs(), None, *geometry)
 
     @staticmethod
     def backward(ctx: Any, grad_center: Tensor, grad_radius: Tensor) -> tuple[Tensor | None, ...]:
         center, radius, weight = ctx.saved_tensors
-        needs_center, needs_radius, needs_weight, _ = ctx.needs_input_grad
-        input_center, grad_weight = _convolution_backward(
-            grad_center, center, weight, ctx.geometry, needs_center, needs_weight
+        needs_center, needs_radius, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        input_center, grad_weight, grad_bias = _convolution_backward(
+            grad_center, center, weight, ctx.geometry, [needs_center, needs_weight, needs_bias]
         )
-        input_radius, grad_magnitude = _convolution_backward(
-            grad_radius, radius, weight.abs(), ctx.geometry, needs_radius, needs_weight
+        input_radius, grad_magnitude, _ = _convolution_backward(
+            grad_radius, radius, weight.abs(), ctx.geometry, [needs_radius, needs_weight, False]
         )
         if grad_weight is not None and grad_magnitude is not None:
             grad_weight = grad_weight.addcmul_(grad_magnitude, weight.sign())
-        return input_center, input_radius, grad_weight, None
+        return input_center, input_radius, grad_weight, grad_bias, None
 
 
 def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs_input: bool, needs_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     stride, padding, dilation, groups = geometry
-    mask = [needs_input, needs_weight, False]
-    grad_x, grad_weight, _ = _aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None] = _aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, mask
     )
-    return grad_x, grad_weight
+    return grads

@@ -6,6 +6,9 @@ interval bounds with centre and radius apart in every layer, teacher. No batch n
 running statistics (METHOD section B.1).
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -32,12 +35,14 @@ def reference_loss(
     epsilon_max: float,
     attack_generator: torch.Generator,
     clean_pass: bool = True,
+    on_phase: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> Tensor:
     """The loss of one CC-Dist step with statistics of the adversarial batch, at a given epsilon > 0.
 
     Args:
         clean_pass: compute the clean train-mode pass, as the public codes do for their logs; it changes running
             statistics and nothing else.
+        on_phase: a context around each part of the step, for clocks.
 
     Raises:
         ValueError: another loss, norm or style of batch norm is configured.
@@ -46,25 +51,29 @@ def reference_loss(
     if not isinstance(loss, CCDistConfig) or threat.norm != "linf" or config.batch_norm != "adversarial":
         raise ValueError("the reference step is CC-Dist under linf with statistics of the adversarial batch")
     if clean_pass:
-        forward_collecting(network, images, {})
+        with on_phase("clean"):
+            forward_collecting(network, images, {})
     attack = config.attack
-    attacked = pgd(
-        lambda x: forward(network, x, None),
-        labels,
-        region=epsilon_box(images, min(1.0, attack.kappa * epsilon)),
-        steps=attack.steps,
-        step_size=attack.step_size,
-        restarts=attack.restarts,
-        keep=attack.keep,
-        generator=attack_generator,
-    )
+    with on_phase("attack"):
+        attacked = pgd(
+            lambda x: forward(network, x, None),
+            labels,
+            region=epsilon_box(images, min(1.0, attack.kappa * epsilon)),
+            steps=attack.steps,
+            step_size=attack.step_size,
+            restarts=attack.restarts,
+            keep=attack.keep,
+            generator=attack_generator,
+        )
     statistics: Statistics = {}
-    adv_features = forward_collecting(network.features, attacked, statistics)
-    adv_diffs = logit_differences(network.head(adv_features), labels)
+    with on_phase("forward"):
+        adv_features = forward_collecting(network.features, attacked, statistics)
+        adv_diffs = logit_differences(network.head(adv_features), labels)
     trace = Trace()
-    feature_box = propagate(network.features, epsilon_box(images, epsilon), statistics=statistics, trace=trace)
-    lower_diffs = elided_lower_bounds(network.head, feature_box, labels)
-    with torch.no_grad():
+    with on_phase("bounds"):
+        feature_box = propagate(network.features, epsilon_box(images, epsilon), statistics=statistics, trace=trace)
+        lower_diffs = elided_lower_bounds(network.head, feature_box, labels)
+    with on_phase("teacher"), torch.no_grad():
         teacher_features = teacher.features(images)
     total = cc_dist_loss(
         adv_diffs,

@@ -135,6 +135,8 @@ class TeacherStep:
     """
 
     def __init__(self, network: Network, config: TeacherConfig, threat: ThreatModel, precision: StepPrecision) -> None:
+        if isinstance(config.attack, NoisyFGSMConfig) and threat.norm != "linf":
+            raise ValueError(f"attack n_fgsm has no form for norm {threat.norm}: it moves by signs; use pgd")
         self.network, self.config, self.threat, self.precision = network, config, threat, precision
 
     def __call__(self, batch: Batch) -> StepResult:

@@ -4,19 +4,21 @@ A space file is YAML. `network`, `teacher` and `student` are the configurations 
 value may be a range (see `search.space`); everything else is fixed.
 """
 
-import difflib
-import types
-import typing
-from importlib import resources
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
-from ccdist.config import AttackConfig, Config, DataConfig, Rung, ThreatModel, exact_fraction, fingerprint
+from ccdist import yaml_files
+from ccdist.config import Config, DataConfig, ThreatModel, exact_fraction, fingerprint
+from ccdist.recipe import NAME_PATTERN, VerificationOptions
+from ccdist.yaml_files import nearest as nearest
 from search.errors import UserError
 from search.records import OBJECTIVES
+
+KIND = "space file"
 
 
 class SpaceFileError(UserError):
@@ -134,19 +136,11 @@ class TrackingConfig(Config):
     enabled: bool = True
 
 
-class VerificationOptions(Config):
-    """The ladder on the validation images; the threat is the space file's own."""
-
-    attack: AttackConfig = AttackConfig(steps=40, step_size=0.035)
-    rungs: tuple[Rung, ...] = ("pgd", "ibp", "crown")
-    batch_size: int = Field(256, ge=1)
-
-
 class SearchConfig(Config):
     """A whole space file."""
 
     name: str = Field(
-        max_length=100, pattern=r"^[a-z0-9][a-z0-9_.-]*$", description="the study's name, with the seed if it is not 0"
+        max_length=100, pattern=NAME_PATTERN, description="the study's name, with the seed if it is not 0"
     )
     data: DataConfig
     threat: ThreatModel
@@ -159,6 +153,13 @@ class SearchConfig(Config):
     resources: ResourcesConfig = ResourcesConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("data")
+    @classmethod
+    def _something_to_measure(cls, value: DataConfig) -> DataConfig:
+        if value.validation == 0:
+            raise ValueError("validation is 0; a search measures its trials on held-out images, so it needs some")
+        return value
 
     @property
     def study_name(self) -> str:
@@ -183,121 +184,31 @@ def find_space_file(name: str) -> Path:
     Raises:
         SpaceFileError: there is none.
     """
-    path = Path(name)
-    if path.is_file():
-        return path
-    with resources.as_file(resources.files("spaces")) as folder:
-        shipped = Path(folder) / f"{path.stem}.yaml"
-        if shipped.is_file() and path in (Path(path.stem), Path(shipped.name), Path("spaces") / shipped.name):
-            return shipped
-        known = sorted(file.stem for file in Path(folder).glob("*.yaml"))
-    raise SpaceFileError(f"no space file {name}; give a path, or the name of a shipped one: {', '.join(known)}")
+    with _space_file_errors():
+        return yaml_files.find_file(name, kind=KIND, shipped="spaces")
 
 
-def load_search_config(path: Path, settings: typing.Sequence[str] = ()) -> SearchConfig:
+def load_search_config(path: Path, settings: Sequence[str] = ()) -> SearchConfig:
     """A space file with `key=value` settings laid over it, both through the same validation.
 
     Raises:
         SpaceFileError: the file cannot be read, or something in it is wrong.
     """
+    with _space_file_errors():
+        return yaml_files.validated(SearchConfig, yaml_files.read_tree(path, settings, kind=KIND), path, kind=KIND)
+
+
+@contextmanager
+def _space_file_errors() -> Iterator[None]:
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpaceFileError(f"space file {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise SpaceFileError(f"space file {path} holds a {type(tree).__name__}; expected keys and values")
-    for setting in settings:
-        _apply(tree, setting)
-    try:
-        return SearchConfig.model_validate(tree)
-    except RecursionError:
-        raise SpaceFileError(f"space file {path} contains itself: a YAML alias refers to what it stands in") from None
-    except ValidationError as error:
-        raise SpaceFileError(explain(error, SearchConfig)) from error
+        yield
+    except yaml_files.YamlFileError as error:
+        raise SpaceFileError(str(error)) from error
 
 
-def _apply(tree: dict[str, Any], setting: str) -> None:
-    key, separator, text = setting.partition("=")
-    if not separator or not key:
-        raise SpaceFileError(f"--set {setting}: expected key=value, for example --set student.epochs=10")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpaceFileError(f"--set {setting}: {text!r} is not a YAML value") from error
-    node: Any = tree
-    *parents, last = key.split(".")
-    for depth, parent in enumerate(parents):
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise SpaceFileError(
-                f"--set {setting}: {'.'.join(parents[: depth + 1])} is the value {node!r} and has no keys of its own"
-            )
-    node[last] = value
-
-
-def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> str:
-    """The first mistake in one line: where, what came, what was expected, and the nearest known name."""
-    errors = error.errors()
-    # A misspelled key is both unknown and missing under its right name; the first of these says what to do.
-    first = next((each for each in errors if each["type"] in ("extra_forbidden", "invalid_key")), errors[0])
-    # Tags of a union ("cc_dist") are part of pydantic's location, but not of the user's file.
-    path = [part for part in first["loc"] if isinstance(part, int) or part not in _tags(model)]
-    where = " ".join(".".join(str(part) for part in ([prefix] if prefix else []) + path).split())
-    match first["type"]:
-        case "extra_forbidden":
-            return f"unknown key {where}{nearest(str(path[-1]), known_keys(model, path[:-1]), where)}"
-        case "missing":
-            return f"{where} is missing; it needs a value"
-        case "union_tag_invalid" | "union_tag_not_found":
-            tags = first["ctx"].get("expected_tags", "one of its kinds")
-            return f"{where}: {_shown(first['input'])} names no known kind; expected kind: {tags}"
-        case "int_from_float":
-            return f"{where}: {_shown(first['input'])} is not allowed: expected a whole number (a range: integer: true)"
-        case "value_error":
-            return f"{where}: {first['msg'].removeprefix('Value error, ')}"
-        case _:
-            return f"{where}: {_shown(first['input'])} is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def nearest(name: str, known: typing.Collection[str], where: str) -> str:
-    """ "; did you mean X?" for the nearest known name, or the list of them."""
-    parent = where.rpartition(".")[0]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {f'{parent}.' if parent else ''}{close[0]}?"
-    return f"; known keys here: {', '.join(sorted(known))}" if known else "; nothing is expected there"
-
-
-def known_keys(model: type[BaseModel], path: typing.Sequence[str | int]) -> set[str]:
-    """The field names that may stand at a path inside a model."""
-    models = [model]
-    for part in path:
-        annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        models = [inner for annotation in annotations for inner in _models(annotation)]
-    return {name for inner in models for name in inner.model_fields}
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, tuple):
-        return [inner for part in typing.get_args(annotation) for inner in _models(part)]
-    return []
-
-
-def _tags(model: type[BaseModel]) -> set[str]:
-    """The `kind` values of every union inside a model."""
-    found: set[str] = set()
-    for field in model.model_fields.values():
-        for inner in _models(field.annotation):
-            kind = inner.model_fields.get("kind")
-            found |= _tags(inner) | ({kind.default} if kind is not None else set())
-    return found
+def explain(error: ValidationError, model: type[BaseModel], section: str) -> str:
+    """The first mistake in a section that may hold ranges, in one line."""
+    return yaml_files.explain(error, model, section, whole_number=" (a range: integer: true)")
 
 
 def as_float(value: Any, where: str) -> float:

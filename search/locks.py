@@ -1,11 +1,10 @@
-"""Locks that die with their process, however it dies: an flock on a file."""
+"""The locks of `ccdist.locks`, refused in a search's own words."""
 
-import fcntl
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ccdist import locks
 from search.errors import UserError
 
 
@@ -23,18 +22,11 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
     Raises:
         LockedError: it is held and `wait` is False.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip() or "unknown"
+            stack.enter_context(locks.exclusive(path, wait=wait))
+        except locks.LockedError as error:
             raise LockedError(
-                f"{path} is held by process {holder}: that search still runs; wait for it, or stop it first"
+                f"{path} is held by process {error.holder}: that search still runs; wait for it, or stop it first"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
-    finally:
-        os.close(descriptor)  # releases the lock; the file stays, since removing it would let two holders in

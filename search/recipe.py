@@ -1,23 +1,8 @@
-"""What one trial computes from, and where its seeds come from."""
+"""Where the seeds of a trial come from; what it computes from is `ccdist.recipe.Recipe`."""
 
 import hashlib
 
-from ccdist.config import Config, DataConfig, StudentConfig, TeacherConfig, ThreatModel, VerifyConfig
-
-
-class Recipe(Config):
-    """Everything that one trial computes from: the same recipe gives the same result."""
-
-    data: DataConfig
-    threat: ThreatModel
-    teacher: TeacherConfig
-    student: StudentConfig
-    verification: VerifyConfig
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether this student reads a teacher at all."""
-        return self.student.loss.kind == "cc_dist" or self.student.initialization == "teacher"
+from ccdist.recipe import Recipe as Recipe
 
 
 def derive_seed(*parts: int | str) -> int:

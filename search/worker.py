@@ -12,6 +12,7 @@ import torch
 from ray import tune
 
 from ccdist.data import Dataset, ImageSet
+from ccdist.host_memory import keep_freed_memory
 from search.config import ResourcesConfig
 from search.recipe import Recipe
 from search.trial import TrialPlaces, TrialTask, failure_reason, run_trial
@@ -96,6 +97,7 @@ def trainable(
 def _prepare(resources: ResourcesConfig) -> torch.device:
     """Threads and memory as the trial's resources say; Ray itself only keeps the books."""
     torch.set_num_threads(max(1, int(resources.cpu)))
+    keep_freed_memory()
     if resources.gpu == 0:
         return torch.device("cpu")
     device = torch.device("cuda", 0)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ccdist.attacks import ascend, cross_entropy_of, pgd, uniform_start, worst_points
+from ccdist.attacks import ascend, cross_entropy_of, noisy_fgsm, pgd, uniform_start, worst_points
 from ccdist.bounds import logit_differences
 from ccdist.interval import Interval
 from ccdist.networks import Network
@@ -183,3 +183,108 @@ def test_no_attack_beats_the_clean_image_by_giving_up(case: strategies.Case) -> 
     assert (margins[0] <= clean).all()
     assert (margins[1] <= margins[0]).all()
     assert (margins[2] <= margins[1]).all()
+
+
+# -- what the attack raises
+
+
+def distance_to(target: Tensor) -> object:
+    return lambda logits: (logits - target).square().sum(1)
+
+
+@given(case=strategies.cases(), steps=st.integers(0, 4), restarts=st.integers(1, 2))
+def test_the_given_loss_makes_the_steps_and_chooses_the_iterate(
+    case: strategies.Case, steps: int, restarts: int
+) -> None:
+    """By hand: ascent of a loss that knows no labels, and the iterate of each image where that loss is largest."""
+    loss_of = distance_to(torch.ones(case.network.num_classes, dtype=torch.float64))
+    stream = generator()
+    iterates: list[Tensor] = []
+    for _ in range(restarts):
+        x = uniform_start(case.box, stream)
+        iterates.append(x)
+        for _ in range(steps):
+            x = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss_of(case.network(x)).sum(), x)
+            moved = x.detach() + 0.5 * (case.box.upper - case.box.lower) / 2 * torch.sign(gradient)
+            x = torch.minimum(torch.maximum(moved, case.box.lower), case.box.upper)
+            iterates.append(x)
+    with torch.no_grad():
+        reached = torch.stack([loss_of(case.network(x)) for x in iterates])
+    attack = {"region": case.box, "steps": steps, "step_size": 0.5, "loss_of": loss_of}
+    best = pgd(case.network, case.labels, generator=generator(), restarts=restarts, **attack)
+    assert torch.equal(loss_of(case.network(best)).detach(), reached.amax(0))
+    if restarts == 1:
+        last = pgd(case.network, case.labels, generator=generator(), keep="last", **attack)
+        assert torch.equal(last, iterates[-1])
+
+
+def test_the_iterate_is_chosen_by_the_given_loss_not_by_the_cross_entropy() -> None:
+    # Logits x, label 0: the cross-entropy grows as x0 - x1 falls, the given loss -x1^2 is largest at x1 = 0.
+    head = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(2))
+    box = Interval(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
+    points = pgd(
+        head,
+        torch.tensor([0]),
+        region=box,
+        steps=1,
+        step_size=2.0,
+        generator=generator(),
+        loss_of=lambda logits: -(logits[:, 1] ** 2),
+    )
+    assert points[0, 1] == 0
+
+
+# -- N-FGSM
+
+
+@given(
+    case=strategies.cases(),
+    epsilon=st.sampled_from([0.0, 0.01, 0.1, 0.5]),
+    noise=st.sampled_from([0.0, 1.0, 2.0]),
+    step_size=st.sampled_from([0.5, 1.0, 1.25]),
+    seed=st.integers(0, 100),
+)
+def test_noisy_fgsm_by_hand(case: strategies.Case, epsilon: float, noise: float, step_size: float, seed: int) -> None:
+    uniform = torch.rand(case.images.shape, generator=generator(seed), dtype=torch.float64) * 2 - 1
+    start = torch.minimum(torch.maximum(case.images + noise * epsilon * uniform, torch.zeros(())), torch.ones(()))
+    leaf = start.clone().requires_grad_()
+    F.cross_entropy(case.network(leaf), case.labels).backward()
+    assert leaf.grad is not None
+    moved = start + step_size * epsilon * torch.sign(leaf.grad)
+    expected = torch.minimum(torch.maximum(moved, torch.zeros(())), torch.ones(()))
+    for parameter in case.network.parameters():
+        parameter.grad = None
+    images = case.images.clone()
+    actual = noisy_fgsm(
+        case.network,
+        case.images,
+        case.labels,
+        epsilon=epsilon,
+        noise=noise,
+        step_size=step_size,
+        generator=generator(seed),
+    )
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)  # the same sums of two terms, rounded otherwise
+    assert not actual.requires_grad
+    assert torch.equal(case.images, images)
+    assert all(p.grad is None for p in case.network.parameters())
+
+
+def test_noisy_fgsm_leaves_the_epsilon_box_and_not_the_pixels() -> None:
+    # z0 - z1 = x0 - x1 and label 0: x0 falls by 0.1, x1 rises by 0.1, from noise of up to 0.2
+    head = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(2))
+    images, labels = torch.full((2000, 2), 0.5), torch.zeros(2000, dtype=torch.long)
+    options = {"epsilon": 0.1, "noise": 2.0, "step_size": 1.0}
+    moved = noisy_fgsm(head, images, labels, generator=generator(), **options) - images
+    for column, middle in ((moved[:, 0], -0.1), (moved[:, 1], 0.1)):
+        assert float((column - middle).abs().max()) <= 0.2 + 1e-6
+        assert float((column - middle).min()) < -0.19  # 2,000 uniform numbers come near both ends
+        assert float((column - middle).max()) > 0.19
+    dark = noisy_fgsm(head, torch.zeros_like(images), labels, generator=generator(), **options)
+    assert dark.min() == 0
+    assert dark.max() <= 0.3 + 1e-6

@@ -121,7 +121,7 @@ def test_unknown_keys_are_refused(kind: type[BaseModel], values: dict[str, Any])
         (StudentConfig, STUDENT | {"l1": float("nan")}, "l1"),
         (StudentConfig, STUDENT | {"learning_rate": {"kind": "cyclic"}}, "peak"),
         (StudentConfig, STUDENT | {"optimizer": {"kind": "sgd", "momentum": 1.0}}, "momentum"),
-        (DataConfig, {"name": "digits", "validation": 0.0}, "validation"),
+        (DataConfig, {"name": "digits", "validation": 1.0}, "validation"),
     ],
 )
 def test_impossible_values_are_refused(kind: type[BaseModel], values: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ccdist import training, training_loop, training_step
+from ccdist import precision, training, training_loop, training_step
 from ccdist.batch_norm import batch_norm_layers
 from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.config import DataConfig, StudentConfig, TeacherConfig, ThreatModel
@@ -161,6 +162,9 @@ def test_the_global_generator_is_not_used(dataset: Dataset, teacher: Network) ->
 
 
 CYCLIC = {"kind": "cyclic", "peak": 0.05, "floor": 0.001}
+COSINE = {"kind": "cosine", "initial": 0.01, "final": 0.001}
+# Of 9 steps in 3 epochs: collected at 4, 6 and 8, so a run interrupted after epoch 2 is in the middle.
+AVERAGING = {"start": "1/3", "every": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "adversarial statistics, adam": {},
     "clean statistics, adam": {"batch_norm": "clean", "population_statistics": True},
@@ -169,6 +173,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cyclic sgd": {"optimizer": {"kind": "sgd"}, "learning_rate": CYCLIC, "batch_norm": "clean"},
     "several starts, larger box": {"attack": {"steps": 1, "step_size": 2.0, "kappa": 2.1, "restarts": 2}},
     "last iterate": {"attack": {"steps": 1, "step_size": 10.0, "keep": "last"}, "l1": 1e-4},
+    "adamw, cosine": {"optimizer": {"kind": "adamw", "weight_decay": 0.1}, "learning_rate": COSINE},
+    "radam": {"optimizer": {"kind": "radam", "weight_decay": 1e-3}, "learning_rate": COSINE},
+    "weight averaging": {"weight_averaging": AVERAGING},
+    "weight averaging, population statistics": {
+        "weight_averaging": AVERAGING,
+        "population_statistics": True,
+        "batch_norm": "clean",
+        "optimizer": {"kind": "radam"},
+    },
+    "bfloat16": {"precision": {"attack": "bfloat16", "teacher": "bfloat16", "training": "bfloat16"}},
+    "rslad": {"loss": {"kind": "ad_cert", "alpha": 0.5, "student_input": "rslad", "soft_attack": True}},
+    "sabr": {"loss": {"kind": "sabr", "subbox": 0.4, "relu_shrink": 0.8}},
+    "natural term": {"natural_weight": 0.3},
 }
 
 
@@ -205,8 +222,17 @@ def test_an_interrupted_student_continues_to_the_bit(
     assert again.history == whole.history
 
 
-def test_an_interrupted_teacher_continues_to_the_bit(dataset: Dataset, tmp_path: Path) -> None:
-    config, path = teacher_config(optimizer={"kind": "sgd"}, learning_rate=CYCLIC), tmp_path / "state.safetensors"
+TEACHERS: dict[str, dict[str, Any]] = {
+    "pgd, cyclic sgd": {"optimizer": {"kind": "sgd"}, "learning_rate": CYCLIC},
+    "n_fgsm": {"attack": {"kind": "n_fgsm"}, "optimizer": {"kind": "adamw"}},
+    "no attack": {"attack": {"kind": "none"}, "learning_rate": COSINE},
+    "weight averaging": {"weight_averaging": AVERAGING},
+}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_an_interrupted_teacher_continues_to_the_bit(dataset: Dataset, tmp_path: Path, name: str) -> None:
+    config, path = teacher_config(**TEACHERS[name]), tmp_path / "state.safetensors"
     whole = train_teacher(dataset, THREAT, config)
     with pytest.raises(Interrupted):
         train_teacher(dataset, THREAT, config, state_path=path, on_epoch=stop_after(2))
@@ -217,7 +243,9 @@ def test_an_interrupted_teacher_continues_to_the_bit(dataset: Dataset, tmp_path:
 
 def kill_recipe() -> tuple[Dataset, StudentConfig, Network]:
     dataset = load_dataset(DataConfig(name="digits", train_images=200, validation_images=10))
-    config = student_config(epochs=6, network={"name": "cnn3", "width": 4})
+    config = student_config(
+        epochs=6, network={"name": "cnn3", "width": 4}, weight_averaging={"start": "1/6", "every": 3}
+    )
     teacher = build_network("cnn3", width=4, input_shape=(1, 8, 8), num_classes=10, seed=9)
     return dataset, config, teacher
 
@@ -259,7 +287,20 @@ def test_a_killed_process_is_continued_to_the_bit(tmp_path: Path) -> None:
     assert whole.history == resumed.history
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"epochs": 4}, {"l1": 1e-6}, {"loss": CC_DIST | {"beta": 4.0}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"epochs": 4},
+        {"l1": 1e-6},
+        {"loss": CC_DIST | {"beta": 4.0}},
+        {"loss": {"kind": "cc_ibp", "alpha": 0.5}},
+        {"optimizer": {"kind": "adamw", "weight_decay": 0.0}},
+        {"weight_averaging": AVERAGING},
+        {"precision": {"attack": "float32"}},
+        {"natural_weight": 0.1},
+    ],
+)
 def test_the_state_of_another_training_is_refused(
     dataset: Dataset, teacher: Network, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -313,10 +354,184 @@ def test_without_beta_it_is_cc_ibp(dataset: Dataset, teacher: Network, batch_nor
     assert distilled.history == alone.history
 
 
-@pytest.mark.parametrize("kind", ["cc_ibp", "mtl_ibp", "exp_ibp"])
-def test_every_loss_trains(dataset: Dataset, kind: str) -> None:
-    result = train_student(dataset, THREAT, student_config(loss={"kind": kind, "alpha": 0.5}), None)
+LOSSES: list[dict[str, Any]] = [
+    {"kind": "ibp"},
+    {"kind": "cc_ibp", "alpha": 0.5},
+    {"kind": "mtl_ibp", "alpha": 0.5},
+    {"kind": "exp_ibp", "alpha": 0.5},
+    {"kind": "sabr", "subbox": 0.4},
+    {"kind": "ad_cert", "alpha": 1.0},
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: str(loss["kind"]))
+def test_every_loss_trains_without_a_teacher(dataset: Dataset, loss: dict[str, Any]) -> None:
+    result = train_student(dataset, THREAT, student_config(loss=loss), None)
     assert len(result.history) == 3
+
+
+@pytest.mark.parametrize("attack", [{"kind": "n_fgsm", "noise": 1.0}, {"kind": "none"}])
+def test_a_teacher_of_another_kind_teaches(dataset: Dataset, teacher: Network, attack: dict[str, Any]) -> None:
+    other = train_teacher(dataset, THREAT, teacher_config(epochs=2, attack=attack)).network
+    assert not torch.equal(other.head.weight, teacher.head.weight)
+    result = train_student(dataset, THREAT, student_config(epochs=2), other)
+    assert len(result.history) == 2
+
+
+# -- optimisers, averages, precision
+
+
+def recorded_steps(patch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+    """The weights after every step, as the loop meets them."""
+    seen: list[list[Tensor]] = []
+    original = training_loop.Run._collect_average
+
+    def recording(self: training_loop.Run, step: int, num_steps: int) -> None:
+        assert step == len(seen)
+        seen.append([parameter.detach().clone() for parameter in self.network.parameters()])
+        original(self, step, num_steps)
+
+    patch.setattr(training_loop.Run, "_collect_average", recording)
+    return seen
+
+
+def test_the_average_is_the_mean_of_the_weights_it_met(teacher: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load_dataset(DATA.model_copy(update={"flip": False, "crop_padding": 0}))
+    seen = recorded_steps(monkeypatch)
+    network = train_student(dataset, THREAT, student_config(weight_averaging=AVERAGING), teacher).network
+    assert len(seen) == 9
+    for index, parameter in enumerate(network.parameters()):
+        expected = torch.stack([seen[step][index].double() for step in (4, 6, 8)]).mean(0)
+        # float32, a mean of three
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(parameter.detach(), seen[-1][index])
+    # its statistics: of the training set in the averaged network, batch by batch in order
+    first = next(iter(batch_norm_layers(network)))
+    images = dataset.train.images.float() / 255
+    batches = [network.features[:2](images[start : start + 16]) for start in (0, 16, 32)]
+    mean = sum(batch.mean((0, 2, 3)) for batch in batches) / 3
+    variance = sum(batch.transpose(0, 1).flatten(1).var(1) for batch in batches) / 3
+    torch.testing.assert_close(first.running_mean, mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(first.running_var, variance, rtol=1e-4, atol=1e-6)
+
+
+def test_averaging_does_not_change_the_training_before_its_end(
+    dataset: Dataset, teacher: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = recorded_steps(monkeypatch)
+    train_student(dataset, THREAT, student_config(), teacher)
+    plain = seen.copy()
+    seen.clear()
+    train_student(dataset, THREAT, student_config(weight_averaging=AVERAGING), teacher)
+    assert len(plain) == len(seen) == 9
+    assert all(
+        torch.equal(a, b) for one, other in zip(plain, seen, strict=True) for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_averaging_that_starts_at_the_end_keeps_the_last_weights(dataset: Dataset, teacher: Network) -> None:
+    late = {"start": 1, "every": 1}
+    one = train_student(dataset, THREAT, student_config(weight_averaging=late), teacher).network
+    assert_same(one, train_student(dataset, THREAT, student_config(), teacher).network)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "plain"),
+    [
+        ({"kind": "adam", "weight_decay": 0.1}, lambda p, lr: torch.optim.Adam(p, lr, weight_decay=0.1)),
+        ({"kind": "adamw", "weight_decay": 0.1}, lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.1)),
+        ({"kind": "radam", "weight_decay": 0.1}, lambda p, lr: torch.optim.RAdam(p, lr, weight_decay=0.1)),
+        (
+            {"kind": "sgd", "momentum": 0.8, "weight_decay": 0.1},
+            lambda p, lr: torch.optim.SGD(p, lr, momentum=0.8, weight_decay=0.1),
+        ),
+    ],
+)
+def test_each_optimizer_makes_the_steps_of_pytorch_s(
+    dataset: Dataset, optimizer: dict[str, Any], plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients and learning rates of a run are given to the optimiser of that name with its documented options."""
+    gradients: list[list[Tensor]] = []
+    clip = nn.utils.clip_grad_norm_
+
+    def recording(parameters: Any, largest: float) -> Tensor:
+        parameters = list(parameters)
+        norm = clip(parameters, largest)
+        gradients.append([p.grad.clone() for p in parameters])
+        return norm
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", recording)
+    seen = recorded_steps(monkeypatch)
+    config = student_config(
+        loss={"kind": "cc_ibp", "alpha": 0.5}, optimizer=optimizer, learning_rate=COSINE, gradient_clip=0.5
+    )
+    train_student(dataset, THREAT, config, None)
+    start = training._build(dataset, config, "ibp")
+    twin = plain(list(start.parameters()), 0.01)
+    for step, (grads, expected) in enumerate(zip(gradients, seen, strict=True)):
+        assert float(torch.stack([g.square().sum() for g in grads]).sum().sqrt()) <= 0.5 * (1 + 1e-5)
+        # from 0.01 to 0.001 over 9 steps
+        twin.param_groups[0]["lr"] = 0.001 + 0.009 * (1 + math.cos(math.pi * step / 9)) / 2
+        for parameter, grad in zip(start.parameters(), grads, strict=True):
+            parameter.grad = grad
+        twin.step()
+        for parameter, after in zip(start.parameters(), expected, strict=True):
+            # float32; the fused optimisers round in another order
+            torch.testing.assert_close(parameter.detach(), after, rtol=1e-5, atol=1e-6)
+
+
+def on_processor(patch: pytest.MonkeyPatch, fast: bool) -> None:
+    patch.setattr(precision, "multiplies_bfloat16_fast", lambda device: fast)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_training_keeps_the_precision_it_began_with(
+    dataset: Dataset, teacher: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    """`auto` resumed on a machine of the other kind: to the bit what the first machine would have computed."""
+    config, path = student_config(precision={"attack": "auto", "teacher": "auto"}), tmp_path / "state.safetensors"
+    on_processor(monkeypatch, not fast)
+    elsewhere = train_student(dataset, THREAT, config, teacher)
+    on_processor(monkeypatch, fast)
+    whole = train_student(dataset, THREAT, config, teacher)
+    assert not torch.equal(whole.network.head.weight, elsewhere.network.head.weight)
+    with pytest.raises(Interrupted):
+        train_student(dataset, THREAT, config, teacher, state_path=path, on_epoch=stop_after(1))
+    on_processor(monkeypatch, not fast)
+    with pytest.raises(Interrupted):  # and stored again by the other machine
+        train_student(dataset, THREAT, config, teacher, state_path=path, on_epoch=stop_after(2))
+    resumed = train_student(dataset, THREAT, config, teacher, state_path=path)
+    assert_same(whole.network, resumed.network)
+    assert resumed.history == whole.history
+
+
+@pytest.mark.parametrize(("tf32", "expected"), [(True, "tf32"), (False, "ieee")])
+def test_tf32_is_on_in_training_only_and_by_choice(
+    dataset: Dataset, tf32: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch: Any = torch.backends.cuda.matmul
+    before, inside = switch.fp32_precision, []
+    original = training_step.cc_ibp_loss
+
+    def watching(*args: Any, **kwargs: Any) -> Tensor:
+        inside.append(switch.fp32_precision)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(training_step, "cc_ibp_loss", watching)
+    outside: list[str] = []
+    config = student_config(loss={"kind": "cc_ibp", "alpha": 0.5}, epochs=1, precision={"tf32": tf32})
+    train_student(dataset, THREAT, config, None, on_epoch=lambda report: outside.append(switch.fp32_precision))
+    assert set(inside) == {expected}
+    assert outside == [before]
+    assert switch.fp32_precision == before
+
+
+def test_an_l2_student_and_teacher_train(dataset: Dataset, teacher: Network) -> None:
+    threat = ThreatModel(norm="l2", epsilon="1/2")
+    assert len(train_teacher(dataset, threat, teacher_config()).history) == 3
+    assert len(train_student(dataset, threat, student_config(), teacher).history) == 3
+    with pytest.raises(ValueError, match="sabr has no form for norm l2"):
+        train_student(dataset, threat, student_config(loss={"kind": "sabr", "subbox": 0.4}), None)
 
 
 def test_alpha_dist_0_is_a_training_of_its_own(dataset: Dataset, teacher: Network) -> None:

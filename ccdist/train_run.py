@@ -1,0 +1,314 @@
+"""One training in one folder: teacher, student, verification; every step leaves a file, and none is done twice.
+
+In the folder: `recipe.yaml`, what is trained; `teacher/` and `student/`, the networks once they are done, and
+`PHASE.state.safetensors` before, where a training goes on from; `curves.jsonl`, a row for each epoch of both;
+`teacher_verdicts.parquet` and `verdicts.parquet`; `summary.json`, written last.
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+
+from ccdist import checkpoint, locks
+from ccdist.config import VerifyConfig, fingerprint
+from ccdist.data import Dataset, ImageSet, to_pixels
+from ccdist.networks import Network
+from ccdist.recipe import RecipeFile, VerificationOptions, load_recipe_file
+from ccdist.training import EpochReport, TrainingResult, train_student, train_teacher
+from ccdist.verification import accuracies, quick_accuracies, verify
+
+Phase = Literal["teacher", "student"]
+Part = Literal["validation", "test"]
+
+# Validation images behind the epoch curves: enough to see a trend, cheap next to an epoch.
+PROBE_IMAGES = 512
+# How a teacher is measured: by what an attack leaves; it has hardly anything that bounds could prove.
+TEACHER_LADDER = VerificationOptions(rungs=("pgd",))
+
+
+class RunFolderError(ValueError):
+    """A folder cannot be used for this training."""
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Who is told how far a run is."""
+
+    def epoch(self, report: EpochReport, row: dict[str, Any]) -> None:
+        """An epoch is done; the row is that of the curves."""
+
+    def rung(self, network: str, rung: str, still_open: int, num_images: int) -> None:
+        """A rung of a network's verification is done."""
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The images that networks are measured on."""
+
+    part: Part
+    images: ImageSet
+
+
+@contextmanager
+def claimed(folder: Path, recipe: RecipeFile) -> Iterator[None]:
+    """Hold the folder for this recipe, alone; a new or empty one is made its own.
+
+    Raises:
+        RunFolderError: it cannot be written, or belongs to something else.
+        LockedError: another process works there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lock").touch()
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be written ({error.strerror}); choose another with --out DIR") from error
+    with locks.exclusive(folder / "lock", wait=False):
+        _check_owner(folder, recipe)
+        for leftover in [*folder.glob(".teacher.*"), *folder.glob(".student.*")]:  # of a kill in mid-write
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        yield
+
+
+def _check_owner(folder: Path, recipe: RecipeFile) -> None:
+    file = folder / "recipe.yaml"
+    if not file.exists():
+        others = [path.name for path in folder.iterdir() if path.name != "lock" and not path.name.startswith(".")]
+        if others:
+            raise RunFolderError(
+                f"{folder} holds {min(others)} but no recipe.yaml; choose another folder with --out DIR"
+            )
+        _write(file, yaml.safe_dump(recipe.tree(), sort_keys=False))
+        return
+    there, asked = _leaves(load_recipe_file(file).tree()), _leaves(recipe.tree())
+    keys = [key for key in dict.fromkeys([*there, *asked]) if there.get(key) != asked.get(key)]
+    different = next((key for key in keys if not _is_free(key)), None)
+    if different is not None:
+        raise RunFolderError(
+            f"{folder} holds another training: there {different} is {there.get(different)}, now it is "
+            f"{asked.get(different)}; choose another folder with --out DIR, or delete that one"
+        )
+    if keys:
+        _write(file, yaml.safe_dump(recipe.tree(), sort_keys=False))
+
+
+def _is_free(key: str) -> bool:
+    """Whether a value may change without another training.
+
+    Where the images lie is no part of what they are: their fingerprint is checked. A verification that ran out of
+    memory after days of training is asked for again in smaller batches.
+    """
+    return key == "data.path" or key.partition(".")[0] == "verification"
+
+
+def _leaves(node: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {path: node}
+    inner = [_leaves(value, f"{path}.{key}" if path else str(key)) for key, value in node.items()]
+    return {key: value for leaves in inner for key, value in leaves.items()}
+
+
+def finished_summary(folder: Path, recipe: RecipeFile, part: Part | None) -> dict[str, Any] | None:
+    """The summary of a finished run that was verified as asked for on this part of the data, or None."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text())
+    except (FileNotFoundError, ValueError):  # unreadable: it is made again from the files that it sums up
+        return None
+    asked = {"evaluated_on": part, "verification": recipe.tree()["verification"]}
+    return summary if isinstance(summary, dict) and summary.items() >= asked.items() else None
+
+
+class Curves:
+    """The rows of all epochs, written whole each time: a kill leaves the old file or the new one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self._rows: dict[tuple[str, int], dict[str, Any]] = {(row["phase"], row["epoch"]): row for row in rows}
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Add an epoch's row, in the place of one that is there."""
+        self._rows[row["phase"], row["epoch"]] = row
+        self._write()
+
+    def complete(self, phase: Phase, history: list[dict[str, float]]) -> None:
+        """Add the epochs that a kill kept from being told: the training's own state remembers them."""
+        for epoch, metrics in enumerate(history, 1):
+            self._rows.setdefault((phase, epoch), {"phase": phase, "epoch": epoch, **metrics})
+        self._write()
+
+    def _write(self) -> None:
+        rows = sorted(self._rows.values(), key=lambda row: (row["phase"] != "teacher", row["epoch"]))
+        _write(self.path, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+@dataclass
+class Run:
+    """One training, from whatever its folder already holds to its summary; the folder is `claimed`."""
+
+    recipe: RecipeFile
+    folder: Path
+    dataset: Dataset
+    evaluation: Evaluation | None
+    device: torch.device
+    listener: Listener
+
+    def finish(self) -> dict[str, Any]:
+        """Do what is not done yet.
+
+        Raises:
+            NonFiniteLossError: a training diverged.
+            CorruptCheckpointError: a file to go on from is damaged.
+            ValueError: the recipe asks for what does not go together.
+        """
+        self._curves = Curves(self.folder / "curves.jsonl")
+        teacher, teacher_seconds, teacher_accuracies = None, 0.0, None
+        if self.recipe.needs_teacher:
+            teacher, teacher_seconds = self._teacher()
+            teacher_accuracies = self._measured("teacher", teacher, TEACHER_LADDER)
+        student, student_seconds = self._student(teacher)
+        student_accuracies = self._measured("student", student, self.recipe.verification)
+        images = self.recipe.student.epochs * len(self.dataset.train)
+        summary = {
+            "name": self.recipe.name,
+            "evaluated_on": None if self.evaluation is None else self.evaluation.part,
+            "verification": self.recipe.tree()["verification"],
+            "student": student_accuracies,
+            "teacher": teacher_accuracies,
+            "seconds": {"teacher": teacher_seconds, "student": student_seconds},
+            "images_per_second": images / max(student_seconds, 1e-9),
+            "data": self.dataset.fingerprint,
+            "seed": self.recipe.seed,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
+        }
+        _write(self.folder / "summary.json", json.dumps(summary, indent=1))
+        return summary
+
+    def _teacher(self) -> tuple[Network, float]:
+        config = self.recipe.teacher
+        assert config is not None  # the recipe was checked
+
+        def train(state: Path) -> TrainingResult:
+            return train_teacher(
+                self.dataset,
+                self.recipe.threat,
+                config,
+                device=self.device,
+                state_path=state,
+                on_epoch=self._on_epoch,
+            )
+
+        return self._trained("teacher", train)
+
+    def _student(self, teacher: Network | None) -> tuple[Network, float]:
+        def train(state: Path) -> TrainingResult:
+            return train_student(
+                self.dataset,
+                self.recipe.threat,
+                self.recipe.student,
+                teacher,
+                device=self.device,
+                state_path=state,
+                on_epoch=self._on_epoch,
+            )
+
+        return self._trained("student", train)
+
+    def _trained(self, phase: Phase, train: Callable[[Path], TrainingResult]) -> tuple[Network, float]:
+        """The network of a phase and the seconds of its training; from disk if it is there."""
+        place, state = self.folder / phase, self.folder / f"{phase}.state.safetensors"
+        if not place.exists():
+            result = train(state)
+            self._curves.complete(phase, result.history)
+            metadata = {
+                "recipe": self.recipe.tree(),
+                "data": self.dataset.fingerprint,
+                "seconds": result.seconds,
+                "history": result.history,
+            }
+            checkpoint.save(place, result.network, metadata)
+        state.unlink(missing_ok=True)
+        metadata = checkpoint.load_description(place)["metadata"]
+        if metadata["data"] != self.dataset.fingerprint:
+            raise RunFolderError(f"{place} was trained on other images than those of the recipe; delete {self.folder}")
+        return checkpoint.load(place).to(self.device), metadata["seconds"]
+
+    def _on_epoch(self, report: EpochReport) -> None:
+        row: dict[str, Any] = {"phase": report.phase, "epoch": report.epoch, **report.metrics}
+        row |= {"seconds": report.seconds, "images_per_second": len(self.dataset.train) / max(report.seconds, 1e-9)}
+        if report.phase == "student" and len(self.dataset.validation) > 0:
+            images = to_pixels(self.dataset.validation.images[:PROBE_IMAGES]).to(self.device)
+            labels = self.dataset.validation.labels[:PROBE_IMAGES].to(self.device)
+            standard, certified = quick_accuracies(report.network, images, labels, self.recipe.threat)
+            row |= {"validation_standard_accuracy": standard, "validation_ibp_certified_accuracy": certified}
+        self._curves.put(row)
+        self.listener.epoch(report, row)
+
+    def _measured(self, phase: Phase, network: Network, ladder: VerificationOptions | None) -> dict[str, Any] | None:
+        """The accuracies of a network, or None when the recipe or its data ask for none."""
+        if ladder is None or self.evaluation is None:
+            return None
+        table = self._verdicts(phase, network, ladder, self.evaluation)
+        measured = accuracies(table)
+        numbers = {
+            "standard_accuracy": measured.standard,
+            "adversarial_accuracy": measured.adversarial,
+            "num_images": measured.num_images,
+            "verification_seconds": json.loads(table.schema.metadata[b"run"])["seconds"],
+        }
+        if phase == "student":
+            numbers |= {"certified_accuracy": measured.certified, "certified_upper": measured.certified_upper}
+        return numbers
+
+    def _verdicts(
+        self, phase: Phase, network: Network, ladder: VerificationOptions, evaluation: Evaluation
+    ) -> pa.Table:
+        """The verdicts about a network; from disk if they are about the same images."""
+        path = self.folder / ("verdicts.parquet" if phase == "student" else f"{phase}_verdicts.parquet")
+        images = evaluation.images
+        config = VerifyConfig(threat=self.recipe.threat, **dict(ladder))
+        about = {"evaluated_on": evaluation.part, "verification": fingerprint(config), "num_images": len(images)}
+        if path.exists():
+            table = pq.read_table(path)
+            if json.loads(table.schema.metadata[b"run"]).items() >= about.items():
+                return table
+        started = time.perf_counter()
+        table = verify(
+            network,
+            to_pixels(images.images),
+            images.labels,
+            config,
+            on_rung=lambda rung, still_open: self.listener.rung(phase, rung, still_open, len(images)),
+        )
+        about["seconds"] = time.perf_counter() - started
+        table = table.replace_schema_metadata({"run": json.dumps(about)})
+        unfinished = path.with_suffix(".unfinished")
+        pq.write_table(table, unfinished, compression="zstd")
+        os.replace(unfinished, path)
+        return table
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file so that it holds either all of the text or what it held before."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with open(unfinished, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)

@@ -1,0 +1,185 @@
+"""Configurations from YAML files: read, laid over with `key=value` settings, checked; each mistake told in one line.
+
+A `kind` is what the file is called in messages: "space file" or "recipe".
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Collection, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class YamlFileError(ValueError):
+    """A YAML file, or a --set, is wrong; the text is one line that says what to do."""
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that no key may stand twice: there the last one would win, unseen."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Before merge keys (<<) are resolved: a value that overrides a merged one is no mistake.
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                line = key.start_mark.line + 1
+                raise yaml.MarkedYAMLError(problem=f"key {key.value} stands twice, again in line {line}; remove one")
+            seen.add((key.tag, key.value))
+        return node
+
+
+def find_file(name: str, *, kind: str, shipped: str) -> Path:
+    """The file of that path, or the one of that name that is installed with the project in the folder `shipped`.
+
+    Raises:
+        YamlFileError: there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    with resources.as_file(resources.files("spaces")) as package:
+        folder = Path(package).parent / shipped
+        stem = path.name.removesuffix(".yaml")
+        file = folder / f"{stem}.yaml"
+        if file.is_file() and path in (Path(stem), Path(file.name), Path(shipped) / file.name):
+            return file
+        known = sorted(each.stem for each in folder.glob("*.yaml"))
+    raise YamlFileError(f"no {kind} {name}; give a path, or the name of a shipped one: {', '.join(known)}")
+
+
+def read_tree(path: Path, settings: Sequence[str] = (), *, kind: str) -> dict[Any, Any]:
+    """The keys and values of a file, with `key=value` settings laid over them.
+
+    Raises:
+        YamlFileError: the file cannot be read, or a setting does not fit it.
+    """
+    try:
+        tree = _parse(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:  # also what PyYAML makes of a date such as 2020-99-99
+        raise YamlFileError(f"{kind} {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise YamlFileError(f"{kind} {path} holds a {type(tree).__name__}; expected keys and values")
+    for setting in settings:
+        _apply(tree, setting)
+    return tree
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _apply(tree: dict[Any, Any], setting: str) -> None:
+    key, separator, text = setting.partition("=")
+    if not separator or not key:
+        raise YamlFileError(f"--set {setting}: expected key=value, for example --set student.epochs=10")
+    try:
+        value = _parse(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise YamlFileError(f"--set {setting}: {text!r} is not a YAML value") from error
+    node: Any = tree
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents):
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise YamlFileError(
+                f"--set {setting}: {'.'.join(parents[: depth + 1])} is the value {node!r} and has no keys of its own"
+            )
+    node[last] = value
+
+
+def validated(model: type[_Model], tree: dict[Any, Any], path: Path, *, kind: str) -> _Model:
+    """The configuration that a file's keys and values spell.
+
+    Raises:
+        YamlFileError: something in it is wrong.
+    """
+    try:
+        return model.model_validate(tree)
+    except RecursionError:
+        raise YamlFileError(f"{kind} {path} contains itself: a YAML alias refers to what it stands in") from None
+    except ValidationError as error:
+        raise YamlFileError(explain(error, model)) from error
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "", *, whole_number: str = "") -> str:
+    """The first mistake in one line: where, what came, what was expected, and the nearest known name.
+
+    Args:
+        prefix: where the model stands in its file.
+        whole_number: what to add where a whole number was expected.
+    """
+    errors = error.errors()
+    # A misspelled key is both unknown and missing under its right name; the first of these says what to do.
+    first = next((each for each in errors if each["type"] in ("extra_forbidden", "invalid_key")), errors[0])
+    # Tags of a union ("cc_dist") are part of pydantic's location, but not of the user's file.
+    path = [part for part in first["loc"] if isinstance(part, int) or part not in _tags(model)]
+    where = " ".join(".".join(str(part) for part in ([prefix] if prefix else []) + path).split())
+    at = f"{where}: " if where else ""
+    match first["type"]:
+        case "extra_forbidden":
+            return f"unknown key {where}{nearest(str(path[-1]), known_keys(model, path[:-1]), where)}"
+        case "missing":
+            return f"{where} is missing; it needs a value"
+        case "union_tag_invalid" | "union_tag_not_found":
+            tags = first["ctx"].get("expected_tags", "one of its kinds")
+            return f"{at}{_shown(first['input'])} names no known kind; expected kind: {tags}"
+        case "int_from_float":
+            return f"{at}{_shown(first['input'])} is not allowed: expected a whole number{whole_number}"
+        case "value_error":
+            return f"{at}{first['msg'].removeprefix('Value error, ')}"
+        case _:
+            return f"{at}{_shown(first['input'])} is not allowed: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def nearest(name: str, known: Collection[str], where: str) -> str:
+    """ "; did you mean X?" for the nearest known name, or the list of them."""
+    parent = where.rpartition(".")[0]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {f'{parent}.' if parent else ''}{close[0]}?"
+    return f"; known keys here: {', '.join(sorted(known))}" if known else "; nothing is expected there"
+
+
+def known_keys(model: type[BaseModel], path: Sequence[str | int]) -> set[str]:
+    """The field names that may stand at a path inside a model."""
+    models = [model]
+    for part in path:
+        annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [inner for annotation in annotations for inner in _models(annotation)]
+    return {name for inner in models for name in inner.model_fields}
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated, tuple):
+        return [inner for part in typing.get_args(annotation) for inner in _models(part)]
+    return []
+
+
+def _tags(model: type[BaseModel]) -> set[str]:
+    """The `kind` values of every union inside a model."""
+    found: set[str] = set()
+    for field in model.model_fields.values():
+        for inner in _models(field.annotation):
+            kind = inner.model_fields.get("kind")
+            found |= _tags(inner) | ({kind.default} if kind is not None else set())
+    return found
