@@ -413,7 +413,7 @@ def main() -> None:
         f"load {os.getloadavg()[0]:.1f}"
     )
     stored: list[dict[str, Any]] = []
-    for threads in args.threads:
+    for threads in args.threads if args.timing else ():
         found = peaks(threads, device)
         print(f"\npeaks with {threads} threads, GFLOP/s: " + ", ".join(f"{k} {v / 1e9:.0f}" for k, v in found.items()))
         for steps in args.steps:
@@ -451,7 +451,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--paths", nargs="+", default=list(PATHS), choices=PATHS)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-equality", dest="equality", action="store_false")
+    parser.add_argument("--no-equality", dest="equality", action="store_false", help="times only")
+    parser.add_argument("--no-timing", dest="timing", action="store_false", help="the comparison of losses only")
     return parser.parse_args()
 
 

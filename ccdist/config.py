@@ -76,8 +76,8 @@ class ThreatModel(Config):
 class DataConfig(Config):
     """Which images, and how they are split."""
 
-    name: str = Field(description="digits, mnist, fashion_mnist, cifar10; any other name needs a path")
-    path: str | None = Field(None, description="folder with train.parquet and test.parquet")
+    name: str = Field(description="a name of data.KNOWN; any other needs a path")
+    path: str | None = Field(None, description="folder with Parquet files, image folders or npz batches")
     validation: float = Field(0.2, ge=0, lt=1, description="share of the training set held out; 0: train on all of it")
     split_seed: int = Field(0, ge=0, description="seed of the split; the same for every trial and study")
     train_images: int | None = Field(None, ge=2, description="use only so many training images; None: all")
@@ -224,7 +224,7 @@ class StudentConfig(TrainConfig):
         "adversarial", description="which batch's statistics the attack's forward pass and the bounds use"
     )
     population_statistics: bool = Field(
-        False, description="recompute running statistics over the clean training set after each epoch"
+        False, description="recompute running statistics over the training set after each epoch"
     )
     initialization: Literal["ibp", "default", "teacher"] = "ibp"
 

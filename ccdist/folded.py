@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ccdist.activations import ACTIVATION_LAYERS
 from ccdist.batch_norm import (
     BatchNorm,
     Statistics,
@@ -24,7 +25,7 @@ from ccdist.batch_norm import (
     scale_and_shift,
     update_running_statistics,
 )
-from ccdist.bounds import Trace, propagate
+from ccdist.bounds import propagate
 from ccdist.fused import (
     Geometry,
     batch_norm_with_statistics,
@@ -36,6 +37,9 @@ from ccdist.fused import (
 from ccdist.interval import Interval
 from ccdist.networks import Network, Normalize, Residual
 
+# Centre and radius of what enters each activation, in order, where somebody wants them.
+Recorded = list[tuple[Tensor, Tensor]] | None
+
 
 @runtime_checkable
 class Step(Protocol):
@@ -43,7 +47,7 @@ class Step(Protocol):
 
     def point(self, x: Tensor) -> Tensor: ...
 
-    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]: ...
+    def interval(self, center: Tensor, radius: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Convolution:
     def point(self, x: Tensor) -> Tensor:
         return F.conv2d(x.to(self.weight.dtype), self.weight, self.bias, *self.geometry)
 
-    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+    def interval(self, center: Tensor, radius: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
         dtype = self.weight.dtype
         return interval_convolution(center.to(dtype), radius.to(dtype), self.weight, self.bias, self.geometry)
 
@@ -66,7 +70,7 @@ FEWEST_CHANNELS = 8
 
 @dataclass
 class Dense:
-    """A linear layer, of images together with the flattening before it.
+    """A linear layer, together with the flattening before it where there is one.
 
     An image in channels-last order has to be copied to be flattened. Where the weight is fixed, as in the many passes
     of an attack, a convolution whose kernel is as large as the image computes the same without that copy, and on
@@ -77,21 +81,28 @@ class Dense:
 
     weight: Tensor
     bias: Tensor | None
+    flattens: bool
     _kernel: Tensor | None = field(default=None, init=False)
 
     def point(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
-        if not self._is_convolution(x):
-            return linear(x.flatten(1), self.weight, self.bias)
-        return F.conv2d(x, self._kernel_for(x), self.bias).flatten(1)
+        if self._is_convolution(x):
+            return F.conv2d(x, self._kernel_for(x), self.bias).flatten(1)
+        x = x.flatten(1) if self.flattens else x
+        return linear(x, self.weight, self.bias) if x.dim() == 2 else F.linear(x, self.weight, self.bias)
 
-    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
-        center, radius = (part.to(self.weight.dtype).flatten(1) for part in (center, radius))
+    def interval(self, center: Tensor, radius: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
+        center, radius = center.to(self.weight.dtype), radius.to(self.weight.dtype)
+        if self.flattens:
+            center, radius = center.flatten(1), radius.flatten(1)
+        if center.dim() != 2:
+            return F.linear(center, self.weight, self.bias), F.linear(radius, self.weight.abs())
         center, radius = interval_linear(center, radius, self.weight)
         return center if self.bias is None else center + self.bias, radius
 
     def _is_convolution(self, x: Tensor) -> bool:
-        return x.dim() == 4 and x.shape[1] >= FEWEST_CHANNELS and not self.weight.requires_grad
+        large = self.flattens and x.dim() == 4 and x.shape[1] >= FEWEST_CHANNELS
+        return large and not self.weight.requires_grad
 
     def _kernel_for(self, x: Tensor) -> Tensor:
         if self._kernel is None:
@@ -110,7 +121,7 @@ class Scale:
     def point(self, x: Tensor) -> Tensor:
         return x * per_channel(self.scale, x) + per_channel(self.shift, x)
 
-    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+    def interval(self, center: Tensor, radius: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
         return self.point(center), radius * per_channel(self.scale, radius).abs()
 
 
@@ -129,7 +140,7 @@ class BatchStatistics:
         update_running_statistics(layer, mean, variance, count=x.numel() // x.shape[1])
         return y
 
-    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+    def interval(self, center: Tensor, radius: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("an interval has no batch statistics")
 
 
@@ -141,9 +152,9 @@ class ReLU:
     def point(self, x: Tensor) -> Tensor:
         return x.relu_()  # its input is the fresh output of the step before it
 
-    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
-        if trace is not None:
-            trace.steps.append((self.layer, Interval.from_center(center, radius)))
+    def interval(self, center: Tensor, radius: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
+        if recorded is not None:
+            recorded.append((center, radius))
         return interval_relu(center, radius, shrink=self.shrink)
 
 
@@ -155,13 +166,20 @@ class Other:
     name: str
 
     def point(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x)
+        out: Tensor = self.layer(self._in_its_precision(x))
         return out
 
-    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+    def _in_its_precision(self, x: Tensor) -> Tensor:
+        weight = next(self.layer.parameters(), None)
+        return x if weight is None else x.to(weight.dtype)
+
+    def interval(self, center: Tensor, radius: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
+        center, radius = self._in_its_precision(center), self._in_its_precision(radius)
         if isinstance(self.layer, Normalize):
             return self.layer(center), radius / self.layer.std
-        box = propagate(self.layer, Interval.from_center(center, radius), trace=trace, name=self.name)
+        if recorded is not None and isinstance(self.layer, ACTIVATION_LAYERS):
+            recorded.append((center, radius))
+        box = propagate(self.layer, Interval.from_center(center, radius), name=self.name)
         return box.center, box.radius
 
 
@@ -175,9 +193,9 @@ class Sum:
     def point(self, x: Tensor) -> Tensor:
         return folded_forward(self.body, x) + folded_forward(self.shortcut, x)
 
-    def interval(self, center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
-        body = _interval(self.body, center, radius, trace)
-        shortcut = _interval(self.shortcut, center, radius, trace)
+    def interval(self, center: Tensor, radius: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
+        body = _interval(self.body, center, radius, recorded)
+        shortcut = _interval(self.shortcut, center, radius, recorded)
         return body[0] + shortcut[0], body[1] + shortcut[1]
 
 
@@ -192,15 +210,16 @@ class Fold:
 
     dtype: torch.dtype | None = None
     shrink: float = 1.0
-    _dense: dict[nn.Module, Dense] = field(default_factory=dict)
+    _dense: dict[tuple[nn.Module, bool], Dense] = field(default_factory=dict)
 
-    def fixed(self, module: nn.Module, statistics: Statistics | None = None) -> list[Step]:
+    def fixed(self, module: nn.Module, statistics: Statistics | None = None, *, name: str = "") -> list[Step]:
         """The steps of a Sequential of supported layers with its batch norms fixed.
 
         Args:
             statistics: of a batch, in whose graph the folded weights stay; None: the running ones.
+            name: where the module stands in its network, for error messages.
         """
-        layers = _leaves(module)
+        layers = _leaves(module, name)
         steps: list[Step] = []
         while layers:
             name, layer = layers.pop(0)
@@ -211,7 +230,8 @@ class Fold:
             elif isinstance(layer, BatchNorm):
                 steps.append(Scale(*scale_and_shift(layer, statistics)))
             elif type(layer) is Residual:
-                steps.append(Sum(self.fixed(layer.body, statistics), self.fixed(layer.shortcut, statistics)))
+                body = self.fixed(layer.body, statistics, name=f"{name}.body")
+                steps.append(Sum(body, self.fixed(layer.shortcut, statistics, name=f"{name}.shortcut")))
             else:
                 steps.append(self._other(name, layer, layers, steps))
         return steps
@@ -241,12 +261,13 @@ class Fold:
         """The step of a layer that no batch norm is folded into; a flattening takes the linear layer after it."""
         if _folds(layer):
             return self._convolution(layer, None)
-        if type(layer) is nn.Flatten and layer.start_dim == 1 and following and type(following[0][1]) is nn.Linear:
+        flattens = type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1)
+        if flattens and following and type(following[0][1]) is nn.Linear:
             layer = following.pop(0)[1]
         if type(layer) is nn.Linear:
-            if layer not in self._dense:
-                self._dense[layer] = Dense(self._cast(layer.weight), self._cast(layer.bias))
-            return self._dense[layer]
+            if (layer, flattens) not in self._dense:
+                self._dense[layer, flattens] = Dense(self._cast(layer.weight), self._cast(layer.bias), flattens)
+            return self._dense[layer, flattens]
         if type(layer) is nn.ReLU and before and isinstance(before[-1], Convolution | Dense | Scale):
             return ReLU(layer, self.shrink)
         return Other(layer, name)
@@ -257,12 +278,16 @@ class Fold:
             scale, shift = scale_shift
             weight = weight * scale.view(-1, 1, 1, 1)
             bias = shift if bias is None else bias * scale + shift
-        weight = weight.to(self.dtype or weight.dtype, memory_format=torch.channels_last)
+        weight = self._cast(weight).contiguous(memory_format=torch.channels_last)
         geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
         return Convolution(weight, self._cast(bias), geometry)
 
     def _cast(self, tensor: Any) -> Any:
-        return tensor if tensor is None or self.dtype is None else tensor.to(self.dtype)
+        """The tensor in the steps' precision; without its gradient where none is wanted, which a parameter keeps."""
+        if tensor is None:
+            return None
+        tensor = tensor if torch.is_grad_enabled() else tensor.detach()
+        return tensor if self.dtype is None else tensor.to(self.dtype)
 
 
 def _folds(layer: nn.Module) -> bool:
@@ -270,7 +295,7 @@ def _folds(layer: nn.Module) -> bool:
 
 
 def _leaves(module: nn.Module, name: str = "") -> list[tuple[str, nn.Module]]:
-    if type(module) is not nn.Sequential:
+    if not (isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward):
         return [(name, module)]
     # Not named_children(), which leaves out a layer that stands in two places.
     keyed = zip(module._modules, module, strict=True)
@@ -290,14 +315,14 @@ def folded_forward(steps: list[Step], x: Float[Tensor, "B ..."]) -> Float[Tensor
     return x
 
 
-def folded_interval(steps: list[Step], box: Interval, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
-    """Centre and radius of the outputs over the box; the inputs of activations are appended to `trace`."""
-    return _interval(steps, channels_last(box.center), channels_last(box.radius), trace)
+def folded_interval(steps: list[Step], box: Interval, recorded: Recorded = None) -> tuple[Tensor, Tensor]:
+    """Centre and radius of the outputs over the box; those of activations' inputs are appended to `recorded`."""
+    return _interval(steps, channels_last(box.center), channels_last(box.radius), recorded)
 
 
-def _interval(steps: list[Step], center: Tensor, radius: Tensor, trace: Trace | None) -> tuple[Tensor, Tensor]:
+def _interval(steps: list[Step], center: Tensor, radius: Tensor, recorded: Recorded) -> tuple[Tensor, Tensor]:
     for step in steps:
-        center, radius = step.interval(center, radius, trace)
+        center, radius = step.interval(center, radius, recorded)
     return center, radius
 
 

@@ -129,6 +129,45 @@ def _where_positive(x: Tensor, y: Tensor) -> Tensor:
     return selected
 
 
+def interval_sums(center: Float[Tensor, "B *shape"], radius: Float[Tensor, "B *shape"]) -> Float[Tensor, " 5"]:
+    """Sums over a layer's intervals with centres c and radii r, means over all its units and images:
+
+        [ mean(r),  sum(c 1[c > r]),  -sum(c 1[c < -r]),  sum((c - mean c)^2 1[c > r]),  sum((c - mean c)^2 1[c < -r]) ]
+
+    What the Shi regulariser reads of a layer.
+    """
+    if center.dtype == torch.bfloat16:  # a sum over millions of units has more than 8 bits
+        center, radius = center.float(), radius.float()
+    sums: Tensor = _IntervalSums.apply(center, radius)
+    return sums
+
+
+class _IntervalSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, center: Tensor, radius: Tensor) -> Tensor:
+        ctx.save_for_backward(center, radius)
+        lower, below = center - radius, (center + radius).neg_()
+        mean = center.mean()
+        squares = (center - mean).square_()
+        masked = [(center, lower), (center, below), (squares, lower), (squares, below)]
+        active, inactive, active_squares, inactive_squares = (_where_positive(x, y).sum() for x, y in masked)
+        return torch.stack([radius.mean(), active, -inactive, active_squares, inactive_squares])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        center, radius = ctx.saved_tensors
+        on_radius, on_active, on_inactive, on_active_squares, on_inactive_squares = grad
+        lower, below = center - radius, (center + radius).neg_()
+        deviation = center - center.mean()
+        squares = _where_positive(deviation, lower).mul_(2 * on_active_squares)
+        squares.add_(_where_positive(deviation, below).mul_(2 * on_inactive_squares))
+        grad_center = squares.sub_(squares.mean())  # mean c moves with every unit
+        ones = deviation.fill_(1)
+        grad_center.add_(_where_positive(ones, lower).mul_(on_active))
+        grad_center.sub_(_where_positive(ones, below).mul_(on_inactive))
+        return grad_center, torch.full_like(radius, 1 / radius.numel()).mul_(on_radius)
+
+
 def interval_linear(
     center: Float[Tensor, "B D"], radius: Float[Tensor, "B D"], weight: Float[Tensor, "O D"]
 ) -> tuple[Float[Tensor, "B O"], Float[Tensor, "B O"]]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ccdist.fused import interval_sums
 from ccdist.interval import Interval
 
 # A denominator below this is a width of zero; the ratio is then large and its penalty zero or capped.
@@ -14,7 +15,7 @@ _TINY = 1e-12
 
 
 def shi_regularizer(
-    input_radius: Float[Tensor, "B ..."], relu_inputs: Sequence[Interval], *, tau: float = 0.5
+    input_radius: Float[Tensor, "B ..."], activation_inputs: Sequence[Interval], *, tau: float = 0.5
 ) -> Float[Tensor, ""]:
     """Keeps interval widths from growing with depth, and ReLUs from all being on or off.
 
@@ -28,7 +29,7 @@ def shi_regularizer(
 
     Args:
         input_radius: r_0, radius of the normalised input.
-        relu_inputs: bounds of the ReLUs' inputs, after batch norm.
+        activation_inputs: bounds of the inputs of the ReLUs, or other activations, after batch norm.
         tau: tolerance, in (0, 1].
 
     Returns:
@@ -36,24 +37,27 @@ def shi_regularizer(
 
     Source: Shi et al., NeurIPS 2021 (METHOD section D.5).
     """
+    return shi_regularizer_of_centers(input_radius, [(box.center, box.radius) for box in activation_inputs], tau=tau)
+
+
+def shi_regularizer_of_centers(
+    input_radius: Float[Tensor, "B ..."], activation_inputs: Sequence[tuple[Tensor, Tensor]], *, tau: float = 0.5
+) -> Float[Tensor, ""]:
+    """`shi_regularizer` of (centre, radius) pairs."""
     total = input_radius.new_zeros(())
     mean_input_radius = input_radius.mean()
-    for box in relu_inputs:
-        width_ratio = mean_input_radius / box.radius.mean().clamp(min=_TINY)
-        total = total + F.relu(tau - width_ratio) + _activation_balance(box, tau)
-    return total / (tau * max(len(relu_inputs), 1))
+    for center, radius in activation_inputs:
+        mean_radius, *balances = interval_sums(center, radius)
+        width_ratio = mean_input_radius / mean_radius.clamp(min=_TINY)
+        total = total + F.relu(tau - width_ratio) + _activation_balance(*balances, tau=tau)
+    return total / (tau * max(len(activation_inputs), 1))
 
 
-def _activation_balance(box: Interval, tau: float) -> Tensor:
-    center = box.center
-    active, inactive = (box.lower > 0).to(center.dtype), (box.upper < 0).to(center.dtype)
-    deviation = (center - center.mean()).square()
-    ratios = (
-        ((center * active).sum(), -(center * inactive).sum()),
-        ((deviation * active).sum(), (deviation * inactive).sum()),
-    )
-    balance = center.new_zeros(())
-    for above, below in ratios:
+def _activation_balance(
+    active: Tensor, inactive: Tensor, active_squares: Tensor, inactive_squares: Tensor, *, tau: float
+) -> Tensor:
+    balance = torch.zeros_like(active)
+    for above, below in ((active, inactive), (active_squares, inactive_squares)):
         # Guarded divisions keep the gradient finite where the layer is skipped; `where` alone would not.
         present = (above > 0) & (below > 0)
         safe_above, safe_below = torch.where(present, above, 1), torch.where(present, below, 1)
@@ -68,4 +72,4 @@ def l1_norm(module: nn.Module) -> Float[Tensor, ""]:
     A plain sum: its coefficient is tied to the size of the network.
     """
     weights = [layer.weight for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    return torch.stack([weight.abs().sum() for weight in weights]).sum()
+    return torch.stack([torch.linalg.vector_norm(weight, 1) for weight in weights]).sum()  # |w| is never stored

@@ -25,7 +25,7 @@ from ccdist.config import (
     TrainConfig,
     TrainingAttackConfig,
 )
-from ccdist.folded import Fold, Step, folded_forward, folded_interval
+from ccdist.folded import Fold, Recorded, Step, folded_forward, folded_interval
 from ccdist.interval import Interval
 from ccdist.loss_config import (
     ADCertConfig,
@@ -49,7 +49,7 @@ from ccdist.losses import (
 )
 from ccdist.networks import Network, Normalize
 from ccdist.precision import Resolved, lower_precision
-from ccdist.regularizers import l1_norm, shi_regularizer
+from ccdist.regularizers import l1_norm, shi_regularizer_of_centers
 from ccdist.schedules import smoothed_epsilon
 from ccdist.threats import L2Ball, Region, perturbation_set
 
@@ -91,7 +91,7 @@ class FoldedNetwork:
     @classmethod
     @torch.no_grad()
     def of(cls, network: Network, precision: Resolved, statistics: Statistics | None = None) -> "FoldedNetwork":
-        steps = Fold(lower_precision(precision)).fixed(network.features, statistics)
+        steps = Fold(lower_precision(precision)).fixed(network.features, statistics, name="features")
         head = network.head
         return cls(steps, head.weight.detach(), None if head.bias is None else head.bias.detach())
 
@@ -252,13 +252,12 @@ class StudentStep:
         feature_box = lower_diffs = regularizer = None
         shi_weight = config.shi_weight * (1 - epsilon / self.schedule.epsilon_max)
         if config.loss.reads_bounds or shi_weight > 0:
-            trace = Trace() if shi_weight > 0 else None
+            recorded: list[tuple[Tensor, Tensor]] | None = [] if shi_weight > 0 else None
             region = self._bounded_region(batch, attacked, epsilon)
-            feature_box = self._feature_box(fold, region, statistics, trace)
+            feature_box = self._feature_box(fold, region, statistics, recorded)
             lower_diffs = elided_lower_bounds(network.head, feature_box, batch.labels)
-            if trace is not None:
-                radius = _input_radius(network, region)
-                regularizer = shi_weight * shi_regularizer(radius, trace.activation_inputs())
+            if recorded is not None:
+                regularizer = shi_weight * shi_regularizer_of_centers(_input_radius(network, region), recorded)
         adv_logits = None if adv_features is None else network.head(adv_features)
         clean_logits = None if clean_features is None else network.head(clean_features)
         terms = Terms(
@@ -323,11 +322,15 @@ class StudentStep:
             return small_box(attacked, box, subbox=loss.subbox)
         return perturbation_set(batch.images, self.threat.norm, max(epsilon, SMALLEST_BOX))
 
-    def _feature_box(self, fold: Fold, region: Region, statistics: Statistics, trace: Trace | None) -> Interval:
+    def _feature_box(self, fold: Fold, region: Region, statistics: Statistics, recorded: Recorded) -> Interval:
         features, dtype = self.network.features, self.network.head.weight.dtype
         if isinstance(region, L2Ball):
-            return propagate(features, region, statistics=statistics, trace=trace, name="features")
-        center, radius = folded_interval(fold.fixed(features, statistics), region, trace)
+            trace = Trace()
+            box = propagate(features, region, statistics=statistics, trace=trace, name="features")
+            if recorded is not None:
+                recorded += [(entered.center, entered.radius) for entered in trace.activation_inputs()]
+            return box
+        center, radius = folded_interval(fold.fixed(features, statistics, name="features"), region, recorded)
         return Interval.from_center(center.to(dtype), radius.to(dtype))
 
     @torch.no_grad()

@@ -182,8 +182,8 @@ def test_defaults_are_valid_by_themselves() -> None:
         CyclicConfig(peak=0.1),
         AttackConfig(steps=1, step_size=1.0),
     ]
-    for config in configs:
-        assert type(config).model_validate(config.model_dump()) == config
+    for each in configs:
+        assert type(each).model_validate(each.model_dump()) == each
 
 
 def names_read_in_the_package() -> set[str]:

@@ -14,12 +14,16 @@ from torch import Tensor
 from ccdist.bounds import logit_differences
 from ccdist.interval import Interval
 from ccdist.losses import (
+    ad_cert_loss,
     cc_dist_loss,
     cc_ibp_loss,
     cross_entropy_of_differences,
     distillation_loss,
     exp_ibp_loss,
+    ibp_loss,
     mtl_ibp_loss,
+    small_box,
+    soft_label_divergence,
 )
 
 # float64 sums of some ten terms of order 1 to 100, reached along two routes.
@@ -228,3 +232,120 @@ def test_a_negative_beta_is_refused(beta: float) -> None:
     x = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="beta is"):
         cc_dist_loss(x, x, x, Interval(x, x), x, alpha=0.5, beta=beta)
+
+
+# -- IBP and SABR
+
+
+@given(lower=tensors(B, J))
+def test_ibp_is_the_cross_entropy_of_the_bounds(lower: Tensor) -> None:
+    assert value(ibp_loss(lower)) == pytest.approx(ce0(lower), rel=ROUNDING)
+
+
+@given(adv=tensors(B, J), gap=tensors(B, J), alpha=alphas)
+def test_the_published_order_of_the_losses(adv: Tensor, gap: Tensor, alpha: float) -> None:
+    """L_adv <= L_CC, L_Exp <= L_MTL <= L_IBP (METHOD A.3)."""
+    lower = adv - gap.abs()
+    mtl = value(mtl_ibp_loss(adv, lower, alpha=alpha))
+    for between in (cc_ibp_loss, exp_ibp_loss):
+        loss = value(between(adv, lower, alpha=alpha))
+        assert not_above(ce0(adv), loss)
+        assert not_above(loss, mtl)
+    assert not_above(mtl, value(ibp_loss(lower)))
+
+
+@given(ends=tensors(2, B, D), seed=st.integers(0, 1000), subbox=st.floats(0, 1, exclude_min=True))
+def test_the_small_box_lies_in_the_attack_s_box_around_the_point(ends: Tensor, seed: int, subbox: float) -> None:
+    box = Interval(ends.amin(0), ends.amax(0))
+    for attacked in oracles.sample_box(box, 6, torch.Generator().manual_seed(seed)):
+        small = small_box(attacked, box, subbox=subbox)
+        assert (small.lower >= box.lower).all()
+        assert (small.upper <= box.upper).all()
+        tolerance = ROUNDING * (1 + box.radius)
+        assert (small.lower <= attacked + tolerance).all()
+        assert (attacked <= small.upper + tolerance).all()
+        assert ((small.radius - subbox * box.radius).abs() <= tolerance).all()
+        # as near to the point as the box allows: moved only where it would stand out
+        free = (attacked - subbox * box.radius >= box.lower) & (attacked + subbox * box.radius <= box.upper)
+        assert ((small.center - attacked).abs() <= tolerance)[free].all()
+
+
+def test_the_small_box_by_hand() -> None:
+    # box [0, 1] and [0, 0.4], lambda 1/2: tau 0.25 and 0.1; the points 0.9 and 0.2 -> centres 0.75 and 0.2
+    box = Interval(torch.tensor([[0.0, 0.0]]).double(), torch.tensor([[1.0, 0.4]]).double())
+    small = small_box(torch.tensor([[0.9, 0.2]]).double(), box, subbox=0.5)
+    assert small.lower.flatten().tolist() == pytest.approx([0.5, 0.1])
+    assert small.upper.flatten().tolist() == pytest.approx([1.0, 0.3])
+    whole = small_box(torch.tensor([[0.9, 0.2]]).double(), box, subbox=1.0)
+    assert torch.allclose(whole.lower, box.lower)
+    assert torch.allclose(whole.upper, box.upper)
+
+
+@pytest.mark.parametrize("subbox", [0.0, -0.1, 1.01, float("nan")])
+def test_a_subbox_outside_its_range_is_refused(subbox: float) -> None:
+    box = Interval(torch.zeros(1, 2), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="subbox is"):
+        small_box(torch.zeros(1, 2), box, subbox=subbox)
+
+
+# -- AD-CERT
+
+
+def kl(teacher: Tensor, student: Tensor) -> list[float]:
+    """sum of p_T log(p_T / p_S) for each image, in Python floats."""
+    found = []
+    for rows in zip(teacher.tolist(), student.tolist(), strict=True):
+        log_t, log_s = ([z - max(row) for z in row] for row in rows)
+        log_t, log_s = ([z - math.log(sum(map(math.exp, row))) for z in row] for row in (log_t, log_s))
+        found.append(sum(math.exp(t) * (t - s) for t, s in zip(log_t, log_s, strict=True)))
+    return found
+
+
+@given(student=tensors(B, 4), teacher=tensors(B, 4))
+def test_the_divergence_is_its_definition(student: Tensor, teacher: Tensor) -> None:
+    divergence = soft_label_divergence(student, teacher)
+    assert divergence.shape == (B,)
+    assert divergence.tolist() == pytest.approx(kl(teacher, student), rel=ROUNDING, abs=ROUNDING)
+
+
+def test_the_divergence_by_hand_and_its_direction() -> None:
+    # p_T = 1/2, 1/2 and p_S = 3/4, 1/4: 1/2 log(2/3) + 1/2 log 2; the other way 3/4 log(3/2) + 1/4 log(1/2)
+    even, odd = torch.zeros(1, 2).double(), torch.tensor([[math.log(3), 0.0]]).double()
+    assert soft_label_divergence(odd, even).item() == pytest.approx(0.5 * math.log(4 / 3))
+    assert soft_label_divergence(even, odd).item() == pytest.approx(0.75 * math.log(1.5) - 0.25 * math.log(2))
+
+
+@given(student=tensors(B, 4), teacher=tensors(B, 4), shift=st.floats(-50, 50))
+def test_the_divergence_is_0_for_equal_probabilities_only(student: Tensor, teacher: Tensor, shift: float) -> None:
+    different = (student != teacher).any(1)  # the same seed may have been drawn for both
+    assert (soft_label_divergence(student, teacher)[different] > 0).all()
+    # the same probabilities: logits that differ by a constant; a float64 sum of four terms
+    assert (soft_label_divergence(student + shift, student).abs() <= ROUNDING).all()
+
+
+@given(lower=tensors(B, J), divergence=tensors(B), alpha=alphas)
+def test_ad_cert_is_its_formula(lower: Tensor, divergence: Tensor, alpha: float) -> None:
+    loss = value(ad_cert_loss(lower, divergence, alpha=alpha))
+    assert loss == pytest.approx(
+        alpha * ce0(lower) + (1 - alpha) * float(divergence.mean()), rel=ROUNDING, abs=ROUNDING
+    )
+
+
+@given(lower=tensors(B, J), divergence=tensors(B))
+def test_the_ends_of_ad_cert(lower: Tensor, divergence: Tensor) -> None:
+    """A term without weight may be left out, and is not read where it is given."""
+    nothing = torch.full((B,), torch.nan, dtype=torch.float64)
+    assert value(ad_cert_loss(lower, None, alpha=1.0)) == value(ibp_loss(lower))
+    assert value(ad_cert_loss(lower, nothing, alpha=1.0)) == value(ibp_loss(lower))
+    assert value(ad_cert_loss(None, divergence, alpha=0.0)) == float(divergence.mean())
+    assert value(ad_cert_loss(lower * torch.nan, divergence, alpha=0.0)) == float(divergence.mean())
+
+
+def test_ad_cert_refuses_a_missing_term_and_an_alpha_outside_its_range() -> None:
+    lower, divergence = torch.zeros(B, J), torch.zeros(B)
+    for terms, alpha in (((None, divergence), 0.5), ((lower, None), 0.5), ((None, None), 0.0), ((None, None), 1.0)):
+        with pytest.raises(ValueError, match=f"alpha {alpha} needs"):
+            ad_cert_loss(*terms, alpha=alpha)
+    for alpha in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="alpha is"):
+            ad_cert_loss(lower, divergence, alpha=alpha)

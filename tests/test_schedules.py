@@ -1,13 +1,19 @@
 """Epsilon and learning rate as functions of the step."""
 
 import itertools
+import math
 
 import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccdist.schedules import cyclic_learning_rate, multi_step_learning_rate, smoothed_epsilon
+from ccdist.schedules import (
+    cosine_learning_rate,
+    cyclic_learning_rate,
+    multi_step_learning_rate,
+    smoothed_epsilon,
+)
 
 # A few float64 operations in another order.
 ROUNDING = 1e-12
@@ -95,3 +101,24 @@ def test_cyclic_is_a_triangle() -> None:
     rates = [cyclic_learning_rate(step, num_steps=8, peak=1.0, floor=0.2) for step in range(9)]
     assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.8, 0.6, 0.4, 0.2])
     assert cyclic_learning_rate(20, num_steps=8, peak=1.0, floor=0.2) == pytest.approx(0.2)
+
+
+def test_cosine_by_hand() -> None:
+    # from 1 to 0.2 in 6 steps: a half is at the middle, cos 60 deg = 1/2 a third of the way
+    rates = [cosine_learning_rate(step, num_steps=6, initial=1.0, final=0.2) for step in range(7)]
+    assert rates[0] == 1.0
+    assert rates[2] == pytest.approx(0.2 + 0.8 * 0.75)
+    assert rates[3] == pytest.approx(0.6)
+    assert rates[4] == pytest.approx(0.2 + 0.8 * 0.25)
+    assert rates[6] == pytest.approx(0.2)
+    assert cosine_learning_rate(6, num_steps=6, initial=1.0) == pytest.approx(0.0)
+
+
+@given(num_steps=st.integers(1, 500), initial=st.floats(1e-3, 10), share=st.floats(0, 1))
+def test_cosine_falls_and_is_symmetric(num_steps: int, initial: float, share: float) -> None:
+    final = share * initial
+    rates = [cosine_learning_rate(k, num_steps=num_steps, initial=initial, final=final) for k in range(num_steps + 1)]
+    assert all(b <= a + ROUNDING * initial for a, b in itertools.pairwise(rates))
+    for rate, opposite in zip(rates, reversed(rates), strict=True):
+        assert rate + opposite == pytest.approx(initial + final, rel=ROUNDING)
+    assert math.isclose(rates[0], initial)
