@@ -9,7 +9,7 @@ from those weights, the same batch and the same attack start.
     reference             ccdist.reference, as a plain PyTorch program runs it
     reference, allocator  the same with ccdist.host_memory, which this project's command lines turn on
     float32               this project's step, everything in float32
-    attack bfloat16       the same, attack in bfloat16 (the default where the processor has such units)
+    default               the same, attack and teacher in bfloat16, as `auto` has it where the processor has such units
     bfloat16              the same, every pass in bfloat16
 """
 
@@ -46,7 +46,7 @@ BATCH = 128
 THREAT = ThreatModel(epsilon="2/255")
 PRECISIONS = {
     "float32": StepPrecision(),
-    "attack bfloat16": StepPrecision(attack="bfloat16", teacher="bfloat16"),
+    "default": StepPrecision(attack="bfloat16", teacher="bfloat16"),
     "bfloat16": StepPrecision("bfloat16", "bfloat16", "bfloat16"),
 }
 PATHS = ("reference", "reference, allocator", *PRECISIONS)

@@ -265,15 +265,15 @@ def _propagate(
     return rule(module, entered, statistics)
 
 
-def interval_bounds(module: nn.Module, region: Region) -> Interval:
-    """Bounds of module(x) for every x in the region, by interval arithmetic layer by layer (IBP).
+def interval_bounds(module: nn.Module, box: Region) -> Interval:
+    """Bounds of module(x) for every x in the box, by interval arithmetic layer by layer (IBP).
 
     For y = W x + b with centre c and radius r of x: centre W c + b, radius |W| r; monotone layers map end
     points. Sound for the module in eval mode; about the cost of two forward passes.
 
     Args:
         module: a Network, a Sequential or one layer.
-        region: bounds of the input, for a Network pixels in [0, 1]; or an l_2 ball (see `propagate`).
+        box: bounds of the input, for a Network pixels in [0, 1]; or an l_2 ball (see `propagate`).
 
     Raises:
         UnsupportedLayerError: a layer has no rule.
@@ -281,7 +281,7 @@ def interval_bounds(module: nn.Module, region: Region) -> Interval:
 
     Source: Gowal et al., "On the Effectiveness of Interval Bound Propagation", 2018.
     """
-    return propagate(module, region)
+    return propagate(module, box)
 
 
 def other_classes(labels: Int[Tensor, " B"], num_classes: int) -> Int[Tensor, "B J"]:
@@ -322,13 +322,13 @@ def elided_lower_bounds(head: nn.Linear, feature_box: Interval, labels: Int[Tens
     return center + offset - torch.einsum("bjd,bd->bj", weight.abs(), feature_box.radius)
 
 
-def logit_difference_lower_bounds(network: Network, region: Region, labels: Int[Tensor, " B"]) -> Float[Tensor, "B J"]:
+def logit_difference_lower_bounds(network: Network, box: Region, labels: Int[Tensor, " B"]) -> Float[Tensor, "B J"]:
     """IBP lower bounds of z[y] - z[j], j != y in increasing j, with last-layer elision.
 
     An image is certified by IBP when all its differences are above 0 (beyond rounding).
 
     Args:
-        region: the perturbed images, pixels in [0, 1].
+        box: the perturbed images, pixels in [0, 1]; or an l_2 ball around each.
         labels: class indices y.
 
     Returns:
@@ -337,4 +337,4 @@ def logit_difference_lower_bounds(network: Network, region: Region, labels: Int[
     Raises:
         UnsupportedLayerError: a layer has no interval rule.
     """
-    return elided_lower_bounds(network.head, propagate(network.features, region, name="features"), labels)
+    return elided_lower_bounds(network.head, propagate(network.features, box, name="features"), labels)

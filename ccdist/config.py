@@ -180,7 +180,7 @@ class PrecisionConfig(Config):
     """
 
     attack: Literal["auto", "float32", "bfloat16"] = Field("auto", description="the search for adversarial points")
-    teacher: Literal["auto", "float32", "bfloat16"] = Field("float32", description="the teacher's forward pass")
+    teacher: Literal["auto", "float32", "bfloat16"] = Field("auto", description="the teacher's forward pass")
     training: Literal["float32", "bfloat16"] = Field(
         "float32", description="the passes that are differentiated: adversarial points and interval bounds"
     )

@@ -217,7 +217,7 @@ def _steps(trace: Trace) -> list[_Step]:
 
 
 def crown_lower_bounds(
-    network: Network, region: Region, labels: Int[Tensor, " B"], *, optimize_steps: int = 0
+    network: Network, box: Region, labels: Int[Tensor, " B"], *, optimize_steps: int = 0
 ) -> Float[Tensor, "B J"]:
     """Lower bounds of z[y] - z[j]: the element-wise maximum of CROWN and elided IBP.
 
@@ -227,7 +227,7 @@ def crown_lower_bounds(
 
     Args:
         network: in eval mode; its parameters are not changed.
-        region: the perturbed images, pixels in [0, 1].
+        box: the perturbed images, pixels in [0, 1]; or an l_2 ball around each.
         optimize_steps: >= 0.
 
     Returns:
@@ -243,10 +243,10 @@ def crown_lower_bounds(
         raise ValueError(f"optimize_steps is {optimize_steps}; expected 0 or more")
     with torch.no_grad():
         trace = Trace()
-        feature_box = propagate(network.features, region, trace=trace, name="features")
+        feature_box = propagate(network.features, box, trace=trace, name="features")
         ibp = elided_lower_bounds(network.head, feature_box, labels)
         steps = _steps(trace)
-        best = torch.maximum(ibp, _crown(network, region, labels, steps, None))
+        best = torch.maximum(ibp, _crown(network, box, labels, steps, None))
     if optimize_steps == 0:
         return best
     slopes = [adaptive_slope(step.box).requires_grad_() for step in steps if _has_slope(step)]
@@ -255,7 +255,7 @@ def crown_lower_bounds(
     optimizer = torch.optim.Adam(slopes, lr=SLOPE_LEARNING_RATE)
     for _ in range(optimize_steps):
         with torch.enable_grad():  # whatever the caller's mode
-            bounds = _crown(network, region, labels, steps, slopes)
+            bounds = _crown(network, box, labels, steps, slopes)
             gradients = torch.autograd.grad(-bounds.sum(), slopes)
         for slope, gradient in zip(slopes, gradients, strict=True):
             slope.grad = gradient
@@ -263,5 +263,5 @@ def crown_lower_bounds(
         with torch.no_grad():
             for slope in slopes:
                 slope.clamp_(0, 1)
-            best = torch.maximum(best, _crown(network, region, labels, steps, slopes))
+            best = torch.maximum(best, _crown(network, box, labels, steps, slopes))
     return best
