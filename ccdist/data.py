@@ -216,12 +216,14 @@ def augment(
     return picked.permute(0, 3, 1, 2)
 
 
-def batch_indices(num_images: int, batch_size: int, generator: torch.Generator) -> list[Tensor]:
+def batch_indices(
+    num_images: int, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+) -> list[Tensor]:
     """A random order cut into batches; a last image left alone joins the batch before it.
 
-    One image has no batch statistics, so it must not be a batch of its own.
+    One image has no batch statistics, so it must not be a batch of its own. The order goes to the device in one copy.
     """
-    order = torch.randperm(num_images, generator=generator)
+    order = torch.randperm(num_images, generator=generator).to(device)
     batches = list(order.split(batch_size))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]

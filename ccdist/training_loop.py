@@ -119,7 +119,7 @@ class Run:
 
     def _train_epoch(self) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
-        batches = batch_indices(len(self.data), self.config.batch_size, self.generators["order"])
+        batches = batch_indices(len(self.data), self.config.batch_size, self.generators["order"], self.device)
         first_bad = torch.full((), -1, device=self.device)
         learning_rate = 0.0
         for number, indices in enumerate(batches):
@@ -127,8 +127,8 @@ class Run:
             learning_rate = self._learning_rate(batch.index, self.config.epochs * len(batches))
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate
+            self.optimizer.zero_grad(set_to_none=True)  # before the step: its activations need the room
             loss, metrics = self.step(batch)
-            self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.gradient_clip)
             self.optimizer.step()
@@ -146,7 +146,6 @@ class Run:
         return averages | {"learning_rate": learning_rate} | ({} if epsilon is None else {"epsilon": epsilon})
 
     def _batch(self, index: int, indices: Tensor) -> Batch:
-        indices = indices.to(self.device)
         pixels = self._augmented(self.data.images[indices], self.generators["augmentation"])
         return Batch(index, pixels, self.data.labels[indices], self.generators["attack"])
 
@@ -227,6 +226,7 @@ class Run:
                     scalars[f"{index}.{name}"] = value
         metadata = {
             "identity": self._identity,
+            "device": self.device.type,
             "epoch": self.epoch,
             "seconds": self.seconds,
             "precision": asdict(self.precision),
@@ -242,6 +242,12 @@ class Run:
             raise ValueError(
                 f"training state {path} belongs to another training (data, threat, teacher or configuration differ); "
                 "delete it or choose another place"
+            )
+
+        if metadata["device"] != self.device.type:  # whose random generators have another state
+            raise ValueError(
+                f"training state {path} was begun on {metadata['device']} and cannot go on on {self.device.type} with "
+                f"the same random numbers; use {metadata['device']}, or delete it to start again"
             )
 
         def part(prefix: str) -> dict[str, Tensor]:

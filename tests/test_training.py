@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ccdist import precision, training, training_loop, training_step
+from ccdist import checkpoint, precision, training, training_loop, training_step
 from ccdist.batch_norm import batch_norm_layers
 from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.config import DataConfig, StudentConfig, TeacherConfig, ThreatModel
@@ -82,7 +82,7 @@ def in_float64(patch: pytest.MonkeyPatch) -> None:
 def five_steps() -> dict[str, Any]:
     """One batch an epoch, so that the history holds each step."""
     dataset = load_dataset(DATA)
-    step = {"epochs": 5, "batch_size": 40, "precision": {"attack": "float32"}}
+    step = {"epochs": 5, "batch_size": 40, "precision": {"attack": "float32", "teacher": "float32"}}
     teacher = train_teacher(dataset, THREAT, teacher_config(**step))
     student = train_student(dataset, THREAT, student_config(l1=1e-4, **step), teacher.network)
     return {
@@ -632,6 +632,15 @@ def test_refusals(dataset: Dataset, teacher: Network) -> None:
     running = build_network("cnn3", width=2, input_shape=(1, 8, 8), num_classes=10).train()
     with pytest.raises(ValueError, match="teacher is in train mode"):
         train_student(dataset, THREAT, student_config(), running)
+
+
+def test_a_state_of_another_kind_of_device_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    path, config = tmp_path / "state.safetensors", teacher_config(epochs=1)
+    train_teacher(dataset, THREAT, config, state_path=path)
+    tensors, metadata = checkpoint.load_state(path)
+    checkpoint.save_state(path, tensors, metadata | {"device": "cuda"})
+    with pytest.raises(ValueError, match="was begun on cuda and cannot go on on cpu"):
+        train_teacher(dataset, THREAT, config, state_path=path)
 
 
 def test_seconds_of_interrupted_runs_count(dataset: Dataset, teacher: Network, tmp_path: Path) -> None:
