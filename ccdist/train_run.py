@@ -166,6 +166,7 @@ class Run:
     evaluation: Evaluation | None
     device: torch.device
     listener: Listener
+    state_interval: float = 0.0  # seconds between two training states at least
 
     def finish(self) -> dict[str, Any]:
         """Do what is not done yet.
@@ -211,6 +212,7 @@ class Run:
                 config,
                 device=self.device,
                 state_path=state,
+                state_interval=self.state_interval,
                 on_epoch=self._on_epoch,
             )
 
@@ -225,6 +227,7 @@ class Run:
                 teacher,
                 device=self.device,
                 state_path=state,
+                state_interval=self.state_interval,
                 on_epoch=self._on_epoch,
             )
 

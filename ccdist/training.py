@@ -24,12 +24,15 @@ def train_teacher(
     *,
     device: torch.device | str = "cpu",
     state_path: Path | None = None,
+    state_interval: float = 0.0,
     on_epoch: OnEpoch | None = None,
 ) -> TrainingResult:
     """An empirically robust network: cross-entropy at attacked points, epsilon constant.
 
     Args:
-        state_path: where to keep the state after each epoch, and to go on from; None: nowhere.
+        state_path: where to keep the state, and to go on from; None: nowhere.
+        state_interval: seconds between two states at least; 0: one after each epoch. A kill loses what came after the
+            last one; an exception of `on_epoch` loses nothing.
         on_epoch: called after each epoch.
 
     Raises:
@@ -48,6 +51,7 @@ def train_teacher(
         lambda precision: TeacherStep(network, config, threat, precision),
         _precision(config, place),
         ramp_end=0,
+        state_interval=state_interval,
     )
     return run.fit(place, state_path, on_epoch)
 
@@ -60,6 +64,7 @@ def train_student(
     *,
     device: torch.device | str = "cpu",
     state_path: Path | None = None,
+    state_interval: float = 0.0,
     on_epoch: OnEpoch | None = None,
 ) -> TrainingResult:
     """A certifiably robust network: the configured loss at attacked points and interval bounds (METHOD A.7).
@@ -92,6 +97,7 @@ def train_student(
         _precision(config, place),
         ramp_end=round(warm_up_and_ramp * config.epochs),
         teacher=teacher,
+        state_interval=state_interval,
     )
     return run.fit(place, state_path, on_epoch)
 

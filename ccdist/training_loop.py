@@ -4,6 +4,8 @@ A run resumed from its state file goes on as if it had never stopped (on the CPU
 weights, optimiser, averages, epoch and the state of each random generator are in the file.
 """
 
+import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -86,6 +88,7 @@ class Run:
     precision: StepPrecision
     ramp_end: int  # in epochs
     teacher: Network | None = None  # a part of what the student computes from
+    state_interval: float = 0.0  # seconds
     epoch: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -100,6 +103,7 @@ class Run:
         if state_path is not None and state_path.exists():
             self._restore(state_path)
         self.step = self.make_step(self.precision)
+        saved_at = -math.inf
         while self.epoch < self.config.epochs:
             started = time.perf_counter()
             with float32_products("tf32" if self.config.precision.tf32 else "ieee"):
@@ -110,10 +114,17 @@ class Run:
             self.history.append(metrics)
             elapsed = time.perf_counter() - started
             self.seconds += elapsed
-            if state_path is not None:
+            is_due = self.epoch == self.config.epochs or time.monotonic() - saved_at >= self.state_interval
+            if state_path is not None and is_due:
                 self._save(state_path)
+                saved_at = time.monotonic()
             if on_epoch is not None:
-                on_epoch(EpochReport(self.phase, self.epoch, self.config.epochs, metrics, elapsed, self.network))
+                try:
+                    on_epoch(EpochReport(self.phase, self.epoch, self.config.epochs, metrics, elapsed, self.network))
+                except BaseException:
+                    if state_path is not None and not is_due:  # a listener that stops a training loses nothing of it
+                        self._save(state_path)
+                    raise
         self.optimizer.zero_grad(set_to_none=True)  # the last step's gradients are as large as the network
         return TrainingResult(self.network.requires_grad_(False), self.history, self.seconds)
 
@@ -200,7 +211,7 @@ class Run:
             f"{self.step.describe(step)}; a smaller learning rate is the usual remedy"
         )
 
-    @property
+    @functools.cached_property
     def _identity(self) -> str:
         """What must be equal for a state file to be continued."""
         return fingerprint(

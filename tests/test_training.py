@@ -634,6 +634,23 @@ def test_refusals(dataset: Dataset, teacher: Network) -> None:
         train_student(dataset, THREAT, student_config(), running)
 
 
+def test_states_may_be_rare_and_a_listener_still_loses_nothing(
+    dataset: Dataset, teacher: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, config, saved = tmp_path / "state.safetensors", student_config(epochs=4), []
+    save = checkpoint.save_state
+    monkeypatch.setattr(
+        checkpoint, "save_state", lambda where, tensors, data: (saved.append(data["epoch"]), save(where, tensors, data))
+    )
+    rare = {"state_path": path, "state_interval": 1e9}
+    with pytest.raises(Interrupted):
+        train_student(dataset, THREAT, config, teacher, **rare, on_epoch=stop_after(2))
+    assert saved == [1, 2]  # the first, and the one that the listener would have lost
+    resumed = train_student(dataset, THREAT, config, teacher, **rare)
+    assert saved == [1, 2, 3, 4]
+    assert_same(resumed.network, train_student(dataset, THREAT, config, teacher).network)
+
+
 def test_a_state_of_another_kind_of_device_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     path, config = tmp_path / "state.safetensors", teacher_config(epochs=1)
     train_teacher(dataset, THREAT, config, state_path=path)
