@@ -72,10 +72,10 @@ def student_config(steps: int) -> StudentConfig:
 
 def prepare(args: argparse.Namespace) -> Path:
     """A teacher and a student trained two epochs past its ramp, stored for every path and every later call."""
-    folder = Path(args.out) / f"cnn7-{args.width}-{args.train_images}"
+    dataset = _dataset(args)
+    folder = Path(args.out) / f"cnn7-{args.width}-{dataset.fingerprint}-{args.train_images}"
     if (folder / "student").exists():
         return folder
-    dataset = _dataset(args)
     network = {"name": "cnn7", "width": args.width}
     attack = {"steps": 1, "step_size": 10, "keep": "last"}
     teacher = train_teacher(
@@ -96,10 +96,10 @@ def prepare(args: argparse.Namespace) -> Path:
         device=args.device,
         on_epoch=lambda report: print(f"  preparing: epoch {report.epoch} of 6, {report.seconds:.0f} s", flush=True),
     ).network
-    for name, trained in (("teacher", teacher), ("student", student)):
-        checkpoint.save(folder / name, trained.cpu())
     images = to_pixels(dataset.train.images[: EQUALITY_STEPS * BATCH])
     checkpoint.save_state(folder / "batches", {"images": images, "labels": dataset.train.labels[: len(images)]}, {})
+    for name, trained in (("teacher", teacher), ("student", student)):  # the student last: it says that all is there
+        checkpoint.save(folder / name, trained.cpu())
     return folder
 
 

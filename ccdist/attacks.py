@@ -1,4 +1,4 @@
-"""Projected gradient descent, for training (METHOD section C) and for evaluation.
+"""Projected gradient descent, for training and for evaluation.
 
 Shapes: `B` batch, `K` classes.
 """
@@ -137,7 +137,7 @@ def pgd(
     Raises:
         ValueError: keep is "last" with several restarts.
 
-    Source: Madry et al., ICLR 2018; step and choice of iterate as in METHOD section C.
+    Source: Madry et al., ICLR 2018; step and choice of iterate as in the codes of CC-IBP and CTBench.
     """
     if keep == "last" and restarts != 1:
         raise ValueError(f"keep='last' has no meaning with {restarts} restarts; use keep='best'")

@@ -1,6 +1,6 @@
 """Batch norm with its statistics in the open: which batch they come from is an argument, never a mode.
 
-Two styles are in use (METHOD section B): statistics of the adversarial batch (De Palma et al.) or of the
+Two styles are in use: statistics of the adversarial batch (De Palma et al.) or of the
 clean batch (CTBench). Both keep mean and variance in the graph, and share them between the point forward
 pass and the interval bounds, so a bound always describes the function that the loss differentiates.
 

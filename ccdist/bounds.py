@@ -322,6 +322,20 @@ def elided_lower_bounds(head: nn.Linear, feature_box: Interval, labels: Int[Tens
     return center + offset - torch.einsum("bjd,bd->bj", weight.abs(), feature_box.radius)
 
 
+def check_rules_describe(network: Network) -> None:
+    """Refuse a network whose own forward pass, or whose head's, is not the one that bounds are computed for.
+
+    Raises:
+        UnsupportedLayerError: either class replaces `forward`.
+    """
+    for name, module, kind in (("the network", network, Network), ("its head", network.head, nn.Linear)):
+        if not _computes_as(module, kind):
+            raise UnsupportedLayerError(
+                f"no rule for {type(module).__name__}: {name} replaces the forward pass of {kind.__name__}, which the "
+                "bounds describe"
+            )
+
+
 def logit_difference_lower_bounds(network: Network, box: Region, labels: Int[Tensor, " B"]) -> Float[Tensor, "B J"]:
     """IBP lower bounds of z[y] - z[j], j != y in increasing j, with last-layer elision.
 
@@ -337,4 +351,5 @@ def logit_difference_lower_bounds(network: Network, box: Region, labels: Int[Ten
     Raises:
         UnsupportedLayerError: a layer has no interval rule.
     """
+    check_rules_describe(network)
     return elided_lower_bounds(network.head, propagate(network.features, box, name="features"), labels)

@@ -129,7 +129,10 @@ class TrainingAttackConfig(AttackConfig):
 
 
 class NoisyFGSMConfig(Config):
-    """N-FGSM: uniform noise, then one signed gradient step; not projected to the epsilon box, only to the pixels."""
+    """N-FGSM: uniform noise, then one signed gradient step; not projected to the epsilon box, only to the pixels.
+
+    The gradient reads running batch norm statistics, as for PGD; the published code reads those of the noisy batch.
+    """
 
     kind: Literal["n_fgsm"] = "n_fgsm"
     noise: float = Field(2.0, ge=0, description="half width of the noise relative to epsilon")

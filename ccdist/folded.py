@@ -146,7 +146,6 @@ class BatchStatistics:
 
 @dataclass(frozen=True)
 class ReLU:
-    layer: nn.ReLU
     shrink: float
 
     def point(self, x: Tensor) -> Tensor:
@@ -269,7 +268,7 @@ class Fold:
                 self._dense[layer, flattens] = Dense(self._cast(layer.weight), self._cast(layer.bias), flattens)
             return self._dense[layer, flattens]
         if type(layer) is nn.ReLU and before and isinstance(before[-1], Convolution | Dense | Scale):
-            return ReLU(layer, self.shrink)
+            return ReLU(self.shrink)
         return Other(layer, name)
 
     def _convolution(self, layer: Any, scale_shift: tuple[Tensor, Tensor] | None) -> Convolution:
@@ -330,7 +329,7 @@ def _interval(steps: list[Step], center: Tensor, radius: Tensor, recorded: Recor
 def recompute_running_statistics(network: Network, batches: Iterable[Tensor]) -> None:
     """Set running statistics to the plain average of batch statistics over all batches ("population").
 
-    Source: CTBench's option of the same purpose (METHOD section B.2).
+    Source: CTBench's option of the same purpose.
     """
     layers = list(batch_norm_layers(network))
     momenta = [layer.momentum for layer in layers]

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from ccdist.activations import Lines, curve_of, enclosing_lines
 from ccdist.batch_norm import BatchNorm, per_channel, scale_and_shift
-from ccdist.bounds import Trace, UnsupportedLayerError, difference_weights, elided_lower_bounds, propagate
+from ccdist.bounds import (
+    Trace,
+    UnsupportedLayerError,
+    check_rules_describe,
+    difference_weights,
+    elided_lower_bounds,
+    propagate,
+)
 from ccdist.interval import Interval
 from ccdist.networks import Network, Normalize, Residual
 from ccdist.threats import L2Ball, Region
@@ -241,6 +248,7 @@ def crown_lower_bounds(
     """
     if optimize_steps < 0:
         raise ValueError(f"optimize_steps is {optimize_steps}; expected 0 or more")
+    check_rules_describe(network)
     with torch.no_grad():
         trace = Trace()
         feature_box = propagate(network.features, box, trace=trace, name="features")

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, skip_init
 from torch.nn.utils.parametrizations import orthogonal
 
-from ccdist.bounds import UnsupportedLayerError, difference_weights, logit_differences, other_classes
+from ccdist.bounds import (
+    UnsupportedLayerError,
+    check_rules_describe,
+    difference_weights,
+    logit_differences,
+    other_classes,
+)
 from ccdist.config import Config, ThreatModel
 from ccdist.data import Dataset, augment, batch_indices, num_batches, to_pixels
 from ccdist.networks import Network, Normalize
@@ -242,11 +248,14 @@ def is_certified(
     errors of every layer are relative to it.
 
     Args:
-        epsilon: Euclidean radius, pixel units.
+        epsilon: Euclidean radius, pixel units, >= 0.
 
     Raises:
+        ValueError: epsilon is negative or not finite.
         UnsupportedLayerError: a layer has no Lipschitz constant.
     """
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon is {epsilon}; expected a finite Euclidean radius of 0 or more")
     margins, slopes = _margins_and_slopes(network, images, labels)
     lengths = network.head.weight.double().norm(dim=1)
     bias = torch.zeros_like(lengths) if network.head.bias is None else network.head.bias.double().abs()
@@ -259,6 +268,7 @@ def is_certified(
 
 def _margins_and_slopes(network: Network, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Differences of logits [B, J], and how much each changes at most for each unit of length, in float64."""
+    check_rules_describe(network)
     exact = copy.deepcopy(network).double()
     weights, _ = difference_weights(exact.head, labels)
     slopes = lipschitz_constant(exact.features) * weights.norm(dim=2)

@@ -114,7 +114,7 @@ def distillation_loss(
     Raises:
         ValueError: alpha is outside [0, 1].
 
-    Source: CC-Dist, De Palma, arXiv 2602.02626 (METHOD section A.4).
+    Source: CC-Dist, De Palma, arXiv 2602.02626.
     """
     _check_alpha(alpha)
     center = torch.lerp(student_adv_features, student_feature_box.center, alpha)
@@ -151,7 +151,7 @@ def cc_dist_loss(
     Raises:
         ValueError: a weight is outside its range.
 
-    Source: CC-Dist, De Palma, arXiv 2602.02626 (METHOD section A.4).
+    Source: CC-Dist, De Palma, arXiv 2602.02626.
     """
     if not beta >= 0:
         raise ValueError(f"beta is {beta}; expected a distillation weight >= 0")
@@ -188,7 +188,7 @@ def small_box(attacked: Float[Tensor, "B ..."], attack_box: Interval, *, subbox:
     Raises:
         ValueError: subbox is outside (0, 1].
 
-    Source: SABR, Mueller et al., ICLR 2023; the element-wise radius as in CTBench (METHOD section A.3).
+    Source: SABR, Mueller et al., ICLR 2023; the element-wise radius as in CTBench.
     """
     if not 0 < subbox <= 1:
         raise ValueError(f"subbox is {subbox}; expected SABR's lambda, a share in (0, 1]")
@@ -232,7 +232,7 @@ def ad_cert_loss(
     Raises:
         ValueError: alpha is outside [0, 1], or a term with weight is None.
 
-    Source: AD-CERT, arXiv 2606.31653 (METHOD section A.5).
+    Source: AD-CERT, arXiv 2606.31653.
     """
     _check_alpha(alpha)
     if (lower_diffs is None and alpha > 0) or (divergence is None and alpha < 1):

@@ -217,7 +217,7 @@ def build_network(
     Raises:
         ValueError: the name or activation is unknown, or the images are too small for the network.
 
-    Source: METHOD section F; layer counts as in the public CC-IBP and CTBench codes.
+    Source: layer counts as in the public CC-IBP and CTBench codes.
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"unknown network {name!r}; known: {', '.join(ARCHITECTURES)}")

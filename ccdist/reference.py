@@ -3,7 +3,7 @@
 Clean train-mode forward pass, PGD in float32 through the unfolded network, train-mode pass of the attacked points,
 interval bounds with centre and radius apart in every layer, teacher. No batch norm is folded, no memory layout chosen.
 `ccdist.training_step` has to give the same loss and gradients; it leaves out the first pass, which only moves the
-running statistics (METHOD section B.1).
+running statistics.
 """
 
 from collections.abc import Callable

@@ -35,7 +35,7 @@ def shi_regularizer(
     Returns:
         tight + relu, >= 0, without unit.
 
-    Source: Shi et al., NeurIPS 2021 (METHOD section D.5).
+    Source: Shi et al., NeurIPS 2021.
     """
     return shi_regularizer_of_centers(input_radius, [(box.center, box.radius) for box in activation_inputs], tau=tau)
 

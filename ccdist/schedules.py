@@ -25,7 +25,7 @@ def smoothed_epsilon(step: int, *, start: int, length: int, epsilon_max: float) 
     Raises:
         ValueError: start or length is negative.
 
-    Source: auto_LiRPA's smoothed schedule (METHOD section D.1).
+    Source: auto_LiRPA's smoothed schedule.
     """
     if start < 0 or length < 0:
         raise ValueError(f"the ramp has start {start} and length {length}; expected both >= 0")
@@ -50,7 +50,7 @@ def multi_step_learning_rate(epoch: int, *, initial: float, decay: float, drops:
 def cyclic_learning_rate(step: int, *, num_steps: int, peak: float, floor: float = 0.0) -> float:
     """A triangle: up from floor to peak over the first half of num_steps, down again over the second.
 
-    Source: the N-FGSM recipe (METHOD section E).
+    Source: the N-FGSM recipe.
     """
     half = num_steps / 2
     return floor + (peak - floor) * max(0.0, 1 - abs(step - half) / half)

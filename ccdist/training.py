@@ -67,7 +67,7 @@ def train_student(
     state_interval: float = 0.0,
     on_epoch: OnEpoch | None = None,
 ) -> TrainingResult:
-    """A certifiably robust network: the configured loss at attacked points and interval bounds (METHOD A.7).
+    """A certifiably robust network: the configured loss at attacked points and interval bounds.
 
     Args:
         teacher: frozen; needed by losses that read it and by initialization "teacher", else it may be None.

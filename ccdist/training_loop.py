@@ -62,6 +62,7 @@ class TrainingResult:
     network: Network
     history: list[dict[str, float]]
     seconds: float
+    precision: dict[str, str] = field(default_factory=dict)  # of its passes, `auto` decided; empty: all float32
 
 
 @runtime_checkable
@@ -126,7 +127,8 @@ class Run:
                         self._save(state_path)
                     raise
         self.optimizer.zero_grad(set_to_none=True)  # the last step's gradients are as large as the network
-        return TrainingResult(self.network.requires_grad_(False), self.history, self.seconds)
+        network = self.network.requires_grad_(False)
+        return TrainingResult(network, self.history, self.seconds, asdict(self.precision))
 
     def _train_epoch(self) -> dict[str, float]:
         sums: dict[str, Tensor] = {}
@@ -186,7 +188,10 @@ class Run:
     @torch.no_grad()
     def _collect_average(self, step: int, num_steps: int) -> None:
         config = self.config.weight_averaging
-        if config is None or step < config.start * num_steps or step % config.every:
+        if config is None:
+            return
+        first = math.ceil(config.start * num_steps)
+        if step < first or (step - first) % config.every:
             return
         self.averaged += 1
         if not self.average:

@@ -1,4 +1,4 @@
-"""One training step of teacher and student: from a batch to a loss (METHOD section A.7).
+"""One training step of teacher and student: from a batch to a loss.
 
 Only the passes that the configured loss reads are computed; one pass of interval bounds serves the loss, the
 distillation and the Shi regulariser. `ccdist.reference` computes the same step in the plain order of the public codes.
@@ -255,9 +255,12 @@ class StudentStep:
             recorded: list[tuple[Tensor, Tensor]] | None = [] if shi_weight > 0 else None
             region = self._bounded_region(batch, attacked, epsilon)
             feature_box = self._feature_box(fold, region, statistics, recorded)
-            lower_diffs = elided_lower_bounds(network.head, feature_box, batch.labels)
             if recorded is not None:
                 regularizer = shi_weight * shi_regularizer_of_centers(_input_radius(network, region), recorded)
+            if config.loss.reads_bounds:
+                lower_diffs = elided_lower_bounds(network.head, feature_box, batch.labels)
+            else:
+                feature_box = None
         adv_logits = None if adv_features is None else network.head(adv_features)
         clean_logits = None if clean_features is None else network.head(clean_features)
         terms = Terms(
@@ -276,7 +279,7 @@ class StudentStep:
         metrics["loss"] = loss.detach()
         if adv_logits is not None:
             metrics["adversarial_accuracy"] = _accuracy(adv_logits, batch.labels)
-        if config.loss.reads_bounds and lower_diffs is not None:
+        if lower_diffs is not None:
             metrics["ibp_certified_accuracy"] = (lower_diffs.detach().amin(1) > 0).float().mean()
         if regularizer is not None:
             loss = loss + regularizer

@@ -256,7 +256,7 @@ def quick_accuracies(
     network: Network, images: Float[Tensor, "N C H W"], labels: Int[Tensor, " N"], threat: ThreatModel
 ) -> tuple[float, float]:
     """(standard accuracy, IBP certified accuracy) in one pass each: a curve to watch, not a verdict."""
-    with torch.no_grad():
+    with exact_float32(), torch.no_grad():
         standard = (network(images).argmax(1) == labels).float().mean()
         region = perturbation_set(images, threat.norm, threat.radius)
         lower = logit_difference_lower_bounds(network, region, labels)

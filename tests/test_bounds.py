@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import oracles
 import pytest
@@ -22,7 +23,8 @@ from ccdist.bounds import (
     other_classes,
     propagate,
 )
-from ccdist.interval import Interval
+from ccdist.interval import Interval, epsilon_box
+from ccdist.linear_bounds import crown_lower_bounds
 from ccdist.networks import Network, Normalize, Residual
 
 
@@ -289,3 +291,29 @@ def test_the_gradient_of_the_head_is_the_same_each_time_with_two_threads() -> No
     """In a process of its own: the tests themselves run with one thread."""
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "1"
+
+
+class BentHead(nn.Linear):
+    """Not what its weights say."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.stack([0.55 - input[:, 0], 0 * input[:, 0]], 1)
+
+
+class BentNetwork(Network):
+    def forward(self, images: Tensor) -> Tensor:
+        return -super().forward(images)
+
+
+@pytest.mark.parametrize("bound", [logit_difference_lower_bounds, crown_lower_bounds])
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Network(nn.Sequential(nn.Flatten()), BentHead(1, 2)), "no rule for BentHead: its head replaces"),
+        (BentNetwork(nn.Sequential(nn.Flatten()), nn.Linear(1, 2)), "no rule for BentNetwork: the network replaces"),
+    ],
+)
+def test_a_replaced_forward_pass_is_refused(bound: Any, network: Network, message: str) -> None:
+    box = epsilon_box(torch.full((1, 1, 1, 1), 0.5), 0.1)
+    with pytest.raises(UnsupportedLayerError, match=message):
+        bound(network, box, torch.tensor([0]))

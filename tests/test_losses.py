@@ -244,7 +244,7 @@ def test_ibp_is_the_cross_entropy_of_the_bounds(lower: Tensor) -> None:
 
 @given(adv=tensors(B, J), gap=tensors(B, J), alpha=alphas)
 def test_the_published_order_of_the_losses(adv: Tensor, gap: Tensor, alpha: float) -> None:
-    """L_adv <= L_CC, L_Exp <= L_MTL <= L_IBP (METHOD A.3)."""
+    """L_adv <= L_CC, L_Exp <= L_MTL <= L_IBP."""
     lower = adv - gap.abs()
     mtl = value(mtl_ibp_loss(adv, lower, alpha=alpha))
     for between in (cc_ibp_loss, exp_ibp_loss):

@@ -55,7 +55,7 @@ def test_the_slope_is_continuous_at_a_quarter() -> None:
 
 
 def test_points_of_the_published_curve() -> None:
-    """METHOD D.1: start=2, length=80 epochs, at the start of epoch 10/15/22/41/61/82 of 1-based epochs."""
+    """The published ramp: start=2, length=80 epochs, at the start of epoch 10/15/22/41/61/82 of 1-based epochs."""
     steps = 391
     shares = [
         smoothed_epsilon((epoch - 1) * steps, start=steps, length=80 * steps, epsilon_max=1.0)

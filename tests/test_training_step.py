@@ -229,7 +229,7 @@ def test_the_reference_refuses_what_it_is_not() -> None:
 
 
 def plain_clean_step(network: Network, teacher: Network, config: StudentConfig, batch: Batch, epsilon: float) -> Tensor:
-    """CTBench's order (METHOD B.2): the clean batch's statistics in attack, attacked pass and bounds, with graph."""
+    """CTBench's order: the clean batch's statistics in attack, attacked pass and bounds, with graph."""
     statistics: Statistics = {}
     forward_collecting(network.features, batch.images, statistics)
     fixed = {layer: (mean.detach(), variance.detach()) for layer, (mean, variance) in statistics.items()}
@@ -555,7 +555,7 @@ def test_natural_weight_mixes_in_the_clean_cross_entropy(style: str, attacked: l
 
 
 def test_epsilon_0_is_no_attack_and_a_box_of_almost_no_width(passes: Counter[str]) -> None:
-    """METHOD D.2: the loss is that of a degenerate box, so CC-IBP is the clean cross-entropy."""
+    """While epsilon is 0 the loss is that of a degenerate box, so CC-IBP is the clean cross-entropy."""
     loss, _ = run(make_config(loss={"kind": "cc_ibp", "alpha": 0.5}, shi_weight=0.0), 0, teacher=False)
     assert passes["pgd"] == 0
     batch = make_batch(0)
