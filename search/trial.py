@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import torch
 from ccdist import checkpoint
 from ccdist.data import Dataset, to_pixels
 from ccdist.networks import Network
+from ccdist.provenance import source_commit
 from ccdist.training import EpochReport, NonFiniteLossError, TrainingResult, train_student, train_teacher
 from ccdist.verification import accuracies, quick_accuracies, verify
 from search.locks import exclusive
@@ -268,16 +268,10 @@ def _recipe_tag(recipe: Recipe) -> str:
 def provenance(device: torch.device) -> dict[str, str]:
     """What made a result: versions, device, memory, commit."""
     packages = ("torch", "ray", "optuna")
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "peak_memory_mb": str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024),
-        "commit": commit or "unknown",
+        "commit": source_commit(),
     }

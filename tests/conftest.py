@@ -1,6 +1,8 @@
 """Hypothesis profiles by HYPOTHESIS_PROFILE, and fixtures that every test file may use."""
 
 import os
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -25,3 +27,42 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.enviro
 def device() -> torch.device:
     """A GPU where there is one: the same tests run on either, and none needs it."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def attacked(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Every batch of attacked points that a training step finds."""
+    from ccdist import training_step  # here: the import hook that checks shapes must be there first
+    from ccdist.attacks import pgd
+
+    found: list[torch.Tensor] = []
+
+    def recording(*args: Any, **kwargs: Any) -> torch.Tensor:
+        found.append(pgd(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(training_step, "pgd", recording)
+    return found
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often a training step attacks, bounds, reads statistics or folds a network."""
+    from ccdist import training_step
+
+    count: Counter[str] = Counter()
+
+    def counted(name: str, owner: Any) -> None:
+        original = getattr(owner, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            count[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    counted("shi_regularizer_of_centers", training_step)
+    for name in ("pgd", "folded_interval", "propagate", "elided_lower_bounds", "folded_forward"):
+        counted(name, training_step)
+    counted("collecting", training_step.Fold)
+    return count

@@ -10,120 +10,44 @@ from typing import Any
 
 import oracles
 import pytest
-import strategies
 import torch
 import torch.nn.functional as F
+from step_cases import (
+    BFLOAT16_LOSS,
+    FULL_EPSILON,
+    MID_EPSILON,
+    NUM_STEPS,
+    ROUNDING,
+    THREAT,
+    TINY_EPSILON,
+    assert_same_gradients,
+    make_batch,
+    make_config,
+    make_network,
+    make_step,
+    run,
+    running,
+    state,
+)
 from torch import Tensor, nn
 
 from ccdist import training_step
 from ccdist.attacks import pgd
-from ccdist.batch_norm import Statistics, batch_norm_layers, forward, forward_collecting
+from ccdist.batch_norm import Statistics, forward, forward_collecting
 from ccdist.bounds import Trace, elided_lower_bounds, logit_differences, propagate
 from ccdist.config import DataConfig, StudentConfig, TeacherConfig, ThreatModel
 from ccdist.data import load_dataset
-from ccdist.interval import Interval, epsilon_box
-from ccdist.losses import cc_dist_loss, cc_ibp_loss, cross_entropy_of_differences
-from ccdist.networks import Network, Normalize, build_network
+from ccdist.interval import epsilon_box
+from ccdist.losses import cc_dist_loss
+from ccdist.networks import Network, Normalize
 from ccdist.reference import reference_loss
 from ccdist.regularizers import shi_regularizer
-from ccdist.threats import L2Ball, contains, perturbation_set
+from ccdist.threats import contains
 from ccdist.training import train_student
-from ccdist.training_step import Batch, EpsilonSchedule, FoldedNetwork, StepPrecision, StudentStep, TeacherStep
+from ccdist.training_step import Batch, EpsilonSchedule, FoldedNetwork, StepPrecision, TeacherStep
 
 # The first optimiser of a process imports torch's compiler, which takes seconds.
 pytestmark = pytest.mark.timeout(20)
-
-# float64: folding batch norm rounds in another order, and a network multiplies the difference layer by layer.
-ROUNDING = 1e-10
-# Share by which a loss may move when attack or training compute in bfloat16, 8 bits, on a trained network.
-BFLOAT16_LOSS = 0.05
-
-THREAT = ThreatModel(epsilon="1/10")
-# 80 steps: epsilon is 0 at step 0, a ten-thousandth of the whole at 2, 38 % at 20, the whole from 40 on. Step 1 is
-# below the step's smallest box, which the reference does not have.
-NUM_STEPS = 80
-SCHEDULE = {"warm_up": 0, "ramp": "1/2"}
-TINY_EPSILON, MID_EPSILON, FULL_EPSILON = 2, 20, 40
-SHAPE = (2, 8, 8)
-WIDTHS = {"cnn3": 2, "cnn7": 4, "resnet": 2, "mlp": 6}
-
-
-def make_config(**changes: Any) -> StudentConfig:
-    values = {
-        "epochs": 1,
-        "loss": {"kind": "cc_dist", "alpha": 0.3, "beta": 5.0},
-        "attack": {"steps": 2, "step_size": 0.5},
-        "epsilon_schedule": SCHEDULE,
-    }
-    return StudentConfig.model_validate(values | changes)
-
-
-def make_network(name: str = "cnn3", seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> Network:
-    """Weights of order one, batch norms with scales of either sign; float64."""
-    statistics = {"mean": [0.4] * shape[0], "std": [0.3] * shape[0]}
-    network = build_network(name, width=WIDTHS[name], input_shape=shape, num_classes=4, **statistics)
-    return strategies.randomize(network, torch.Generator().manual_seed(seed))
-
-
-def make_batch(index: int, count: int = 6, shape: tuple[int, int, int] = SHAPE) -> Batch:
-    generator = torch.Generator().manual_seed(11)
-    images = torch.rand((count, *shape), generator=generator, dtype=torch.float64)
-    labels = torch.randint(4, (count,), generator=generator)
-    return Batch(index, images, labels, torch.Generator().manual_seed(12))
-
-
-def make_step(
-    network: Network,
-    teacher: Network | None,
-    config: StudentConfig,
-    threat: ThreatModel = THREAT,
-    precision: StepPrecision | None = None,
-) -> StudentStep:
-    schedule = EpsilonSchedule(config.epsilon_schedule, threat, NUM_STEPS)
-    return StudentStep(network, teacher, config, threat, schedule, precision or StepPrecision())
-
-
-def run(
-    config: StudentConfig, index: int = MID_EPSILON, *, name: str = "cnn3", teacher: bool = True, **options: Any
-) -> tuple[Tensor, Network]:
-    """The step's loss, and the network that it has left its gradients in."""
-    network = make_network(name)
-    loss, _ = make_step(network, make_network(name, 1) if teacher else None, config, **options)(make_batch(index))
-    loss.backward()
-    return loss.detach(), network
-
-
-def assert_same_gradients(actual: Network, expected: Network, rounding: float = ROUNDING) -> None:
-    """Relative to the largest entry of the network."""
-    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in expected.named_parameters()}
-    largest = max(float(grad.abs().max()) for grad in grads.values())
-    assert largest > 0
-    for name, parameter in actual.named_parameters():
-        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        error = float((found - grads[name]).abs().max())
-        assert error <= rounding * largest, f"{name}: {error:.3g} of {largest:.3g}"
-
-
-def running(network: Network) -> list[Tensor]:
-    return [x.clone() for layer in batch_norm_layers(network) for x in (layer.running_mean, layer.running_var)]
-
-
-def state(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-@pytest.fixture
-def attacked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Every batch of attacked points that a step finds."""
-    found: list[Tensor] = []
-
-    def recording(*args: Any, **kwargs: Any) -> Tensor:
-        found.append(pgd(*args, **kwargs))
-        return found[-1]
-
-    monkeypatch.setattr(training_step, "pgd", recording)
-    return found
-
 
 # -- the same as the reference
 
@@ -285,28 +209,6 @@ def test_running_statistics_are_those_of_the_style_s_batch(style: str, monkeypat
 
 # -- passes that nothing reads
 
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often a step attacks, bounds, reads statistics or folds a network."""
-    count: Counter[str] = Counter()
-
-    def counted(name: str, owner: Any) -> None:
-        original = getattr(owner, name)
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            count[name] += 1
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, counting)
-
-    counted("shi_regularizer_of_centers", training_step)
-    for name in ("pgd", "folded_interval", "propagate", "elided_lower_bounds", "folded_forward"):
-        counted(name, training_step)
-    counted("collecting", training_step.Fold)
-    return count
-
-
 PGD_PASSES = 3  # two steps and the end point
 # loss -> attacks, bounds, forward passes of the student and teacher outside the attack
 PASSES: dict[str, tuple[dict[str, Any], int, int, int]] = {
@@ -373,173 +275,6 @@ def test_the_teacher_is_not_read_without_need() -> None:
         assert torch.isfinite(loss_with)
 
 
-# -- the ends of the losses
-
-
-def test_without_beta_cc_dist_is_cc_ibp() -> None:
-    one, network = run(make_config(loss={"kind": "cc_dist", "alpha": 0.3, "beta": 0.0}), teacher=False)
-    other, twin = run(make_config(loss={"kind": "cc_ibp", "alpha": 0.3}), teacher=False)
-    assert torch.equal(one, other)
-    assert_same_gradients(network, twin, 0.0)
-
-
-@pytest.mark.parametrize("shi_weight", [0.0, 0.5])
-@pytest.mark.parametrize("kind", ["cc_ibp", "mtl_ibp", "exp_ibp"])
-def test_alpha_0_is_the_adversarial_cross_entropy(kind: str, shi_weight: float, attacked: list[Tensor]) -> None:
-    config = make_config(loss={"kind": kind, "alpha": 0.0}, shi_weight=shi_weight)
-    network, batch = make_network(), make_batch(MID_EPSILON)
-    loss, metrics = make_step(network, None, config)(batch)
-    (points,) = attacked
-    assert not torch.equal(points, batch.images)
-    plain = make_network()
-    logits = forward_collecting(plain, points, {})
-    expected = oracles.cross_entropy(logits, batch.labels)
-    assert float(metrics["loss"]) == pytest.approx(expected, rel=ROUNDING)
-    assert float(metrics["adversarial_accuracy"]) == pytest.approx(
-        float((logits.argmax(1) == batch.labels).double().mean())
-    )
-    if shi_weight == 0:
-        loss.backward()
-        F.cross_entropy(logits, batch.labels).backward()
-        assert_same_gradients(network, plain)
-
-
-@pytest.mark.parametrize("kind", ["cc_ibp", "mtl_ibp", "exp_ibp", "ad_cert"])
-def test_alpha_1_is_ibp(kind: str) -> None:
-    one, network = run(make_config(loss={"kind": kind, "alpha": 1.0}), teacher=False)
-    other, twin = run(make_config(loss={"kind": "ibp"}), teacher=False)
-    assert float(one) == pytest.approx(float(other), rel=ROUNDING)
-    assert_same_gradients(network, twin)
-
-
-@pytest.mark.parametrize(
-    # a box of no width has no Shi regulariser: below 1e-6, which steps 0 and 1 are, bounds are those of 1e-6
-    ("index", "radius"),
-    [(0, 1e-6), (1, 1e-6), (10, 0.1 / 13), (FULL_EPSILON, 0.1), (NUM_STEPS, 0.1)],
-)
-def test_ibp_is_the_cross_entropy_of_plain_bounds(index: int, radius: float) -> None:
-    network, batch = make_network(), make_batch(index)
-    loss, metrics = make_step(network, None, make_config(loss={"kind": "ibp"}, shi_weight=0.0))(batch)
-    statistics: Statistics = {}
-    plain = make_network()
-    forward_collecting(plain.features, batch.images, statistics)
-    box = propagate(plain.features, epsilon_box(batch.images, radius), statistics=statistics)
-    lower = elided_lower_bounds(plain.head, box, batch.labels)
-    assert float(loss.detach()) == pytest.approx(float(cross_entropy_of_differences(lower).detach()), rel=ROUNDING)
-    assert metrics.keys() == {"loss", "ibp_certified_accuracy"}
-    assert float(metrics["ibp_certified_accuracy"]) == pytest.approx(float((lower.amin(1) > 0).double().mean()))
-
-
-# -- SABR
-
-
-def test_sabr_with_the_whole_box_is_ibp(attacked: list[Tensor]) -> None:
-    """Clean statistics, so that nothing but the box reads the attacked points."""
-    settings = {"batch_norm": "clean", "shi_weight": 0.5}
-    one, network = run(make_config(loss={"kind": "sabr", "subbox": 1.0}, **settings), teacher=False)
-    other, twin = run(make_config(loss={"kind": "ibp"}, **settings), teacher=False)
-    assert len(attacked) == 1
-    assert float(one) == pytest.approx(float(other), rel=ROUNDING)
-    assert_same_gradients(network, twin)
-
-
-@pytest.mark.parametrize("relu_shrink", [1.0, 0.8])
-@pytest.mark.parametrize("style", ["clean", "adversarial"])
-def test_sabr_by_hand(style: str, relu_shrink: float, attacked: list[Tensor]) -> None:
-    network, batch = make_network(), make_batch(FULL_EPSILON)
-    config = make_config(
-        loss={"kind": "sabr", "subbox": 0.3, "relu_shrink": relu_shrink},
-        batch_norm=style,
-        attack={"steps": 2, "step_size": 0.5, "kappa": 2.0},
-    )
-    loss, _ = make_step(network, None, config)(batch)
-    (points,) = attacked
-    low, up = (batch.images - 0.2).clamp(0, 1), (batch.images + 0.2).clamp(0, 1)
-    tau = 0.3 * (up - low) / 2
-    center = torch.minimum(torch.maximum(points, low + tau), up - tau)
-    box = Interval(center - tau, center + tau)
-    plain, statistics = make_network(), {}
-    forward_collecting(plain.features, points if style == "adversarial" else batch.images, statistics)
-    for layer in plain.features:
-        stable = (box.lower > 0) | (box.upper < 0)
-        box = propagate(layer, box, statistics=statistics)
-        if isinstance(layer, nn.ReLU):
-            box = Interval(box.lower, torch.where(stable, box.upper, relu_shrink * box.upper))
-    expected = cross_entropy_of_differences(elided_lower_bounds(plain.head, box, batch.labels))
-    loss.backward()
-    expected.backward()
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=ROUNDING)
-    assert_same_gradients(network, plain)
-
-
-# -- AD-CERT
-
-VARIANTS = [
-    ({"student_input": "adversarial"}, "adversarial"),
-    ({"student_input": "adversarial"}, "clean"),
-    ({"student_input": "clean"}, "adversarial"),
-    ({"student_input": "rslad"}, "adversarial"),
-    ({"student_input": "rslad", "soft_attack": True}, "clean"),
-    ({"student_input": "adversarial", "teacher_input": "adversarial"}, "adversarial"),
-    ({"student_input": "clean", "teacher_input": "adversarial"}, "clean"),
-    ({"student_input": "clean", "teacher_input": "adversarial"}, "adversarial"),
-]
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.4])
-@pytest.mark.parametrize(("variant", "style"), VARIANTS)
-def test_ad_cert_by_hand(variant: dict[str, Any], style: str, alpha: float, attacked: list[Tensor]) -> None:
-    config = make_config(loss={"kind": "ad_cert", "alpha": alpha} | variant, batch_norm=style, shi_weight=0.0)
-    network, teacher, batch = make_network(), make_network(seed=1), make_batch(FULL_EPSILON)
-    loss, _ = make_step(network, teacher, config)(batch)
-    reads_attack = variant["student_input"] != "clean" or variant.get("teacher_input") == "adversarial"
-    assert len(attacked) == reads_attack
-    points = attacked[0] if reads_attack else batch.images
-    plain, statistics = make_network(), {}
-    forward_collecting(plain.features, points if style == "adversarial" else batch.images, statistics)
-    teacher_logits = teacher(points if variant.get("teacher_input") == "adversarial" else batch.images)
-
-    def divergence(images: Tensor) -> Tensor:
-        student = F.log_softmax(forward(plain, images, statistics), 1)
-        return F.kl_div(student, F.log_softmax(teacher_logits, 1).detach(), log_target=True, reduction="batchmean")
-
-    match variant["student_input"]:
-        case "adversarial":
-            distilled = divergence(points)
-        case "clean":
-            distilled = divergence(batch.images)
-        case "rslad":
-            distilled = divergence(batch.images) / 6 + 5 * divergence(points) / 6
-    box = propagate(plain.features, epsilon_box(batch.images, 0.1), statistics=statistics)
-    lower = elided_lower_bounds(plain.head, box, batch.labels)
-    expected = alpha * cross_entropy_of_differences(lower) + (1 - alpha) * distilled
-    loss.backward()
-    expected.backward()
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=ROUNDING)
-    assert_same_gradients(network, plain)
-
-
-def test_a_soft_attack_raises_the_divergence(attacked: list[Tensor]) -> None:
-    """Of every image above that of its start, and of the batch above what attacking the cross-entropy finds."""
-    teacher, batch = make_network("mlp", 1), make_batch(FULL_EPSILON)
-    loss = {"kind": "ad_cert", "alpha": 0.0}
-    for steps, soft in ((1, True), (20, True), (20, False)):
-        attack = {"steps": steps, "step_size": 1e-9 if steps == 1 else 0.2}
-        config = make_config(loss=loss | {"soft_attack": soft}, attack=attack)
-        make_step(make_network("mlp"), teacher, config)(make_batch(FULL_EPSILON))
-    plain = make_network("mlp")  # the attack reads running statistics, here as they were
-    soft_labels = F.log_softmax(teacher(batch.images), 1).detach()
-
-    def divergences(points: Tensor) -> Tensor:
-        student = F.log_softmax(plain(points), 1).detach()
-        return F.kl_div(student, soft_labels, log_target=True, reduction="none").sum(1)
-
-    start, soft_points, hard_points = (divergences(points) for points in attacked)
-    assert (soft_points >= start).all()
-    assert float(soft_points.mean()) > 1.2 * float(start.mean())
-    assert float(soft_points.mean()) > float(hard_points.mean())
-
-
 # -- other terms
 
 
@@ -587,55 +322,6 @@ def test_images_and_weights_stay_as_they_were() -> None:
     changed = [name for name, value in state(network).items() if not torch.equal(value, before[name])]
     assert changed
     assert all("running" in name for name in changed)
-
-
-# -- the l_2 ball
-
-
-@pytest.mark.parametrize("style", ["clean", "adversarial"])
-def test_l2_by_hand(style: str, attacked: list[Tensor]) -> None:
-    threat = ThreatModel(norm="l2", epsilon="3/2")  # beyond 1, the end of the linf range
-    config = make_config(
-        loss={"kind": "cc_ibp", "alpha": 0.3},
-        batch_norm=style,
-        attack={"steps": 3, "step_size": 0.5, "kappa": 1.5},
-    )
-    network, batch = make_network(), make_batch(FULL_EPSILON)
-    loss, _ = make_step(network, None, config, threat)(batch)
-    (points,) = attacked
-    assert contains(L2Ball(batch.images, 1.5 * 1.5), points).all()
-    plain, statistics = make_network(), {}
-    forward_collecting(plain.features, points if style == "adversarial" else batch.images, statistics)
-    box = propagate(plain.features, perturbation_set(batch.images, "l2", 1.5), statistics=statistics)
-    expected = cc_ibp_loss(
-        logit_differences(forward(plain, points, statistics), batch.labels),
-        elided_lower_bounds(plain.head, box, batch.labels),
-        alpha=0.3,
-    )
-    loss.backward()
-    expected.backward()
-    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=ROUNDING)
-    assert_same_gradients(network, plain)
-
-
-def test_every_other_loss_has_a_finite_step_under_l2() -> None:
-    threat = ThreatModel(norm="l2", epsilon="1/2")
-    losses = [{"kind": kind, "alpha": 0.5} for kind in ("mtl_ibp", "exp_ibp", "ad_cert")]
-    for loss in (*losses, {"kind": "ibp"}, {"kind": "cc_dist", "alpha": 0.5, "beta": 5.0}):
-        for index in (0, MID_EPSILON):
-            value, network = run(make_config(loss=loss), index, threat=threat)
-            assert torch.isfinite(value)
-            assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
-
-
-def test_sabr_is_refused_under_l2() -> None:
-    with pytest.raises(ValueError, match="sabr has no form for norm l2"):
-        make_step(
-            make_network(),
-            None,
-            make_config(loss={"kind": "sabr", "subbox": 0.4}),
-            ThreatModel(norm="l2", epsilon="1/2"),
-        )
 
 
 # -- precision
