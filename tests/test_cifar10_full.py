@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks import cifar10_full, training_step
+from benchmarks import cifar10_full, step_paths, training_step
 from benchmarks.cifar10_full import BAD_INPUT, FINISHED, MORE_TO_DO, Deadline
 from ccdist import checkpoint
 from ccdist.config import StudentConfig, VerifyConfig
@@ -253,7 +253,7 @@ def test_a_benchmark_ends_by_its_limit(data: Path, tmp_path: Path, monkeypatch: 
 
 
 def test_passes_are_those_of_the_step_benchmark() -> None:
-    config = training_step.student_config(8)
+    config = step_paths.student_config(8)
     counts = cifar10_full.passes(config, torch.device("cpu"))
     assert sum(counts.values()) == training_step.passes(8, reference=False)
     last = StudentConfig.model_validate(config.model_dump() | {"attack": {"steps": 1, "step_size": 10, "keep": "last"}})
