@@ -15,7 +15,7 @@ from ccdist.fields import Config as Config
 from ccdist.fields import Share, as_text
 from ccdist.fields import exact_fraction as exact_fraction
 from ccdist.fields import fingerprint as fingerprint
-from ccdist.loss_config import LossConfig
+from ccdist.loss_config import LossConfig, SABRConfig
 from ccdist.networks import ARCHITECTURES, Initialization
 from ccdist.optimizer_config import (
     AdamConfig,
@@ -204,6 +204,13 @@ class TrainConfig(Config):
     precision: PrecisionConfig = PrecisionConfig()
     seed: int = Field(0, ge=0, description="feeds separate generators for weights, order, augmentation, attack")
 
+    @field_validator("weight_averaging")
+    @classmethod
+    def _averages_something(cls, value: WeightAveragingConfig | None) -> WeightAveragingConfig | None:
+        if value is not None and value.start == 1:
+            raise ValueError("start is 1, after the last epoch: nothing would be averaged; expected a share below 1")
+        return value
+
 
 class TeacherConfig(TrainConfig):
     """An adversarially trained teacher; by N-FGSM or on clean images for comparison."""
@@ -211,6 +218,15 @@ class TeacherConfig(TrainConfig):
     attack: TeacherAttackConfig = TrainingAttackConfig(steps=8, step_size=0.25)
     epsilon_factor: float = Field(1.0, gt=0, le=4, description="epsilon of its attack, relative to the threat's")
     initialization: Initialization = "default"
+
+    def check_threat(self, threat: ThreatModel) -> None:
+        """Refuse a threat that this training has no form for.
+
+        Raises:
+            ValueError: the attack moves inside boxes only.
+        """
+        if isinstance(self.attack, NoisyFGSMConfig) and threat.norm != "linf":
+            raise ValueError(f"attack n_fgsm has no form for norm {threat.norm}: it moves by signs; use pgd")
 
 
 class StudentConfig(TrainConfig):
@@ -231,21 +247,46 @@ class StudentConfig(TrainConfig):
     )
     initialization: Literal["ibp", "default", "teacher"] = "ibp"
 
+    @model_validator(mode="after")
+    def _shrinks_what_is_there(self) -> "StudentConfig":
+        loss, activation = self.loss, self.network.activation
+        if isinstance(loss, SABRConfig) and loss.relu_shrink < 1 and activation != "relu":
+            raise ValueError(
+                f"relu_shrink {loss.relu_shrink} has no effect on activation {activation}: it shrinks the bounds of "
+                "relu only; leave it out, or use activation relu"
+            )
+        return self
+
+    def check_threat(self, threat: ThreatModel) -> None:
+        """Refuse a threat that this training has no form for.
+
+        Raises:
+            ValueError: the loss reads boxes only.
+        """
+        if isinstance(self.loss, SABRConfig) and threat.norm != "linf":
+            raise ValueError(f"loss sabr has no form for norm {threat.norm}: its small box is one of l_inf; use linf")
+
 
 Rung = Literal["pgd", "ibp", "crown"]
 
 
-class VerifyConfig(Config):
-    """The ladder of one verification; each rung takes the images that are still open, in this order."""
+class VerificationOptions(Config):
+    """The ladder of a verification; each rung takes the images that are still open, in this order."""
 
-    threat: ThreatModel
     attack: AttackConfig = AttackConfig(steps=40, step_size=0.035)
     rungs: tuple[Rung, ...] = Field(("pgd", "ibp", "crown"), description="after the clean prediction")
     batch_size: int = Field(256, ge=1, description="images at once; CROWN holds K - 1 specifications of each")
-    seed: int = Field(0, ge=0, description="feeds the attack's random starts")
 
-    @model_validator(mode="after")
-    def _rungs_differ(self) -> "VerifyConfig":
-        if len(set(self.rungs)) != len(self.rungs):
-            raise ValueError(f"rungs {list(self.rungs)} name one twice")
-        return self
+    @field_validator("rungs")
+    @classmethod
+    def _rungs_differ(cls, value: tuple[Rung, ...]) -> tuple[Rung, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError(f"{list(value)} name one twice; each is climbed once")
+        return value
+
+
+class VerifyConfig(VerificationOptions):
+    """One verification: its ladder, and what the images are perturbed by."""
+
+    threat: ThreatModel
+    seed: int = Field(0, ge=0, description="feeds the attack's random starts")

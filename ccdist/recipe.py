@@ -8,14 +8,13 @@ from pydantic import Field, model_validator
 
 from ccdist import yaml_files
 from ccdist.config import (
-    AttackConfig,
     Config,
     DataConfig,
     NetworkConfig,
-    Rung,
     StudentConfig,
     TeacherConfig,
     ThreatModel,
+    VerificationOptions,
     VerifyConfig,
 )
 
@@ -38,18 +37,17 @@ class Recipe(Config):
     student: StudentConfig
     verification: VerifyConfig
 
+    @model_validator(mode="after")
+    def _fits_its_threat(self) -> "Recipe":
+        self.student.check_threat(self.threat)
+        if self.needs_teacher:
+            self.teacher.check_threat(self.threat)
+        return self
+
     @property
     def needs_teacher(self) -> bool:
         """Whether this student reads a teacher at all."""
         return _needs_teacher(self.student)
-
-
-class VerificationOptions(Config):
-    """The ladder of a verification; the threat is the file's own."""
-
-    attack: AttackConfig = AttackConfig(steps=40, step_size=0.035)
-    rungs: tuple[Rung, ...] = ("pgd", "ibp", "crown")
-    batch_size: int = Field(256, ge=1)
 
 
 class RecipeFile(Config):
@@ -66,7 +64,7 @@ class RecipeFile(Config):
     teacher: TeacherConfig | None = Field(None, description="trained when the student reads it")
     student: StudentConfig
     verification: VerificationOptions | None = Field(None, description="at the end; None: training only")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +72,9 @@ class RecipeFile(Config):
         if not isinstance(tree, dict):
             return tree
         seed = tree.get("seed", 0)
-        seeds = {"student": seed, "teacher": seed + 1 if isinstance(seed, int) else seed}
+        if type(seed) is not int or seed < 0:
+            seed = 0  # refused under its own name, not under two that the file does not have
+        seeds = {"student": seed, "teacher": seed + 1}
         return tree | {
             section: _completed(section, tree[section], tree.get("network"), seeds[section])
             for section in seeds
@@ -82,12 +82,15 @@ class RecipeFile(Config):
         }
 
     @model_validator(mode="after")
-    def _teacher_is_there(self) -> "RecipeFile":
+    def _goes_together(self) -> "RecipeFile":
+        self.student.check_threat(self.threat)
         if self.needs_teacher and self.teacher is None:
             raise ValueError(
                 f"teacher is missing: a student with loss {self.student.loss.kind} and initialization "
                 f"{self.student.initialization} reads one"
             )
+        if self.needs_teacher and self.teacher is not None:
+            self.teacher.check_threat(self.threat)
         return self
 
     @property

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.data import Dataset, load_dataset, load_test_set
 from ccdist.host_memory import keep_freed_memory
 from ccdist.recipe import KIND, RecipeFile, load_recipe_file
@@ -39,8 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             return _train(args, Console())
-    except CorruptCheckpointError as error:
-        return _refused(f"{error}; delete it to make it again", BAD_INPUT)
     except ValueError as error:  # what ccdist raises for a mistake of its user
         return _refused(error, BAD_INPUT)
     except NonFiniteLossError as error:
@@ -80,6 +77,10 @@ def _device(args: argparse.Namespace) -> torch.device:
 
 
 def _evaluated_part(recipe: RecipeFile, test: bool) -> Part | None:
+    if test and recipe.verification is None:
+        raise ValueError(
+            "--test evaluates on the test set, but verification is null: nothing is evaluated; leave one of them out"
+        )
     if test:
         return "test"
     if recipe.data.validation > 0:
@@ -118,7 +119,7 @@ def summary_line(summary: dict[str, Any]) -> str:
     return f"{summary['name']}: {measured}  {duration(total)}, {summary['images_per_second']:.0f} images/s"
 
 
-def _refused(error: ValueError | ArithmeticError | str, code: int) -> int:
+def _refused(error: ValueError | ArithmeticError, code: int) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 

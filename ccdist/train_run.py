@@ -5,6 +5,7 @@ In the folder: `recipe.yaml`, what is trained; `teacher/` and `student/`, the ne
 `teacher_verdicts.parquet` and `verdicts.parquet`; `summary.json`, written last.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -22,10 +24,12 @@ import torch
 import yaml
 
 from ccdist import checkpoint, locks
-from ccdist.config import VerifyConfig, fingerprint
+from ccdist.checkpoint import CorruptCheckpointError
+from ccdist.config import VerificationOptions, VerifyConfig, fingerprint
 from ccdist.data import Dataset, ImageSet, to_pixels
 from ccdist.networks import Network
-from ccdist.recipe import RecipeFile, VerificationOptions, load_recipe_file
+from ccdist.provenance import source_commit
+from ccdist.recipe import RecipeFile, load_recipe_file
 from ccdist.training import EpochReport, TrainingResult, train_student, train_teacher
 from ccdist.verification import accuracies, quick_accuracies, verify
 
@@ -63,10 +67,38 @@ class Evaluation:
     part: Part
     images: ImageSet
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the images and labels: another test set in the same place is another one."""
+        digest = hashlib.sha256(repr(tuple(self.images.images.shape)).encode())
+        for array in (self.images.images.numpy(), self.images.labels.numpy()):
+            digest.update(array.reshape(-1).data)
+        return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A network of the folder, as it is stored there."""
+
+    network: Network
+    weights_sha256: str
+    metadata: dict[str, Any]
+
+    @classmethod
+    def read(cls, place: Path) -> "_Trained":
+        try:
+            network, metadata = checkpoint.load(place), checkpoint.load_description(place)["metadata"]
+        except CorruptCheckpointError as error:
+            raise RunFolderError(f"{error}; delete {place} to make it again") from error
+        return cls(network, checkpoint.weights_sha256(network), metadata)
+
 
 @contextmanager
 def claimed(folder: Path, recipe: RecipeFile) -> Iterator[None]:
-    """Hold the folder for this recipe, alone; a new or empty one is made its own.
+    """Hold the folder for this recipe, alone.
+
+    What the recipe may change there (`_is_free`) is written down once all went well: only then is it known that the
+    images are the same.
 
     Raises:
         RunFolderError: it cannot be written, or belongs to something else.
@@ -82,6 +114,8 @@ def claimed(folder: Path, recipe: RecipeFile) -> Iterator[None]:
         for leftover in [*folder.glob(".teacher.*"), *folder.glob(".student.*")]:  # of a kill in mid-write
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield
+        if (folder / "recipe.yaml").exists() and load_recipe_file(folder / "recipe.yaml") != recipe:
+            _write_recipe(folder, recipe)
 
 
 def _check_owner(folder: Path, recipe: RecipeFile) -> None:
@@ -92,7 +126,6 @@ def _check_owner(folder: Path, recipe: RecipeFile) -> None:
             raise RunFolderError(
                 f"{folder} holds {min(others)} but no recipe.yaml; choose another folder with --out DIR"
             )
-        _write(file, yaml.safe_dump(recipe.tree(), sort_keys=False))
         return
     there, asked = _leaves(load_recipe_file(file).tree()), _leaves(recipe.tree())
     keys = [key for key in dict.fromkeys([*there, *asked]) if there.get(key) != asked.get(key)]
@@ -102,8 +135,10 @@ def _check_owner(folder: Path, recipe: RecipeFile) -> None:
             f"{folder} holds another training: there {different} is {there.get(different)}, now it is "
             f"{asked.get(different)}; choose another folder with --out DIR, or delete that one"
         )
-    if keys:
-        _write(file, yaml.safe_dump(recipe.tree(), sort_keys=False))
+
+
+def _write_recipe(folder: Path, recipe: RecipeFile) -> None:
+    _write(folder / "recipe.yaml", yaml.safe_dump(recipe.tree(), sort_keys=False))
 
 
 def _is_free(key: str) -> bool:
@@ -123,13 +158,24 @@ def _leaves(node: Any, path: str = "") -> dict[str, Any]:
 
 
 def finished_summary(folder: Path, recipe: RecipeFile, part: Part | None) -> dict[str, Any] | None:
-    """The summary of a finished run that was verified as asked for on this part of the data, or None."""
+    """The summary of a finished run that was verified as asked for on this part of the data, or None.
+
+    It is that of the student beside it, and of images in the place where they were.
+
+    Raises:
+        RunFolderError: the student is damaged.
+    """
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except (FileNotFoundError, ValueError):  # unreadable: it is made again from the files that it sums up
         return None
     asked = {"evaluated_on": part, "verification": recipe.tree()["verification"]}
-    return summary if isinstance(summary, dict) and summary.items() >= asked.items() else None
+    if not isinstance(summary, dict) or not summary.items() >= asked.items() or not (folder / "student").exists():
+        return None
+    if load_recipe_file(folder / "recipe.yaml").data.path != recipe.data.path:  # they may be others there
+        return None
+    same = summary.get("weights_sha256") == _Trained.read(folder / "student").weights_sha256
+    return summary if same else None
 
 
 class Curves:
@@ -137,8 +183,11 @@ class Curves:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        self._rows: dict[tuple[str, int], dict[str, Any]] = {(row["phase"], row["epoch"]): row for row in rows}
+        try:
+            rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            self._rows: dict[tuple[str, int], dict[str, Any]] = {(row["phase"], row["epoch"]): row for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"{path} is damaged ({error}); delete it to make it again") from error
 
     def put(self, row: dict[str, Any]) -> None:
         """Add an epoch's row, in the place of one that is there."""
@@ -173,27 +222,36 @@ class Run:
 
         Raises:
             NonFiniteLossError: a training diverged.
-            CorruptCheckpointError: a file to go on from is damaged.
+            CorruptCheckpointError: a training state to go on from is damaged.
+            RunFolderError: another file is damaged, or does not belong to the others.
             ValueError: the recipe asks for what does not go together.
         """
+        if not (self.folder / "recipe.yaml").exists():
+            _write_recipe(self.folder, self.recipe)
+        self._commit = source_commit()
         self._curves = Curves(self.folder / "curves.jsonl")
-        teacher, teacher_seconds, teacher_accuracies = None, 0.0, None
+        trained: dict[str, _Trained] = {}
+        teacher_accuracies = None
         if self.recipe.needs_teacher:
-            teacher, teacher_seconds = self._teacher()
-            teacher_accuracies = self._measured("teacher", teacher, TEACHER_LADDER)
-        student, student_seconds = self._student(teacher)
+            trained["teacher"] = self._teacher()
+            teacher_accuracies = self._measured("teacher", trained["teacher"], TEACHER_LADDER)
+        student = trained["student"] = self._student(trained.get("teacher"))
         student_accuracies = self._measured("student", student, self.recipe.verification)
         images = self.recipe.student.epochs * len(self.dataset.train)
+        seconds = {"teacher": 0.0} | {phase: each.metadata["seconds"] for phase, each in trained.items()}
         summary = {
             "name": self.recipe.name,
             "evaluated_on": None if self.evaluation is None else self.evaluation.part,
             "verification": self.recipe.tree()["verification"],
             "student": student_accuracies,
             "teacher": teacher_accuracies,
-            "seconds": {"teacher": teacher_seconds, "student": student_seconds},
-            "images_per_second": images / max(student_seconds, 1e-9),
+            "seconds": seconds,
+            "images_per_second": images / max(seconds["student"], 1e-9),
+            "weights_sha256": student.weights_sha256,
             "data": self.dataset.fingerprint,
             "seed": self.recipe.seed,
+            "precision": {phase: each.metadata.get("precision") for phase, each in trained.items()},
+            "commit": {phase: each.metadata.get("commit") for phase, each in trained.items()},
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
@@ -201,7 +259,7 @@ class Run:
         _write(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 
-    def _teacher(self) -> tuple[Network, float]:
+    def _teacher(self) -> _Trained:
         config = self.recipe.teacher
         assert config is not None  # the recipe was checked
 
@@ -216,41 +274,50 @@ class Run:
                 on_epoch=self._on_epoch,
             )
 
-        return self._trained("teacher", train)
+        return self._trained("teacher", train, {})
 
-    def _student(self, teacher: Network | None) -> tuple[Network, float]:
+    def _student(self, teacher: _Trained | None) -> _Trained:
         def train(state: Path) -> TrainingResult:
             return train_student(
                 self.dataset,
                 self.recipe.threat,
                 self.recipe.student,
-                teacher,
+                None if teacher is None else teacher.network,
                 device=self.device,
                 state_path=state,
                 state_interval=self.state_interval,
                 on_epoch=self._on_epoch,
             )
 
-        return self._trained("student", train)
+        trained = self._trained("student", train, {} if teacher is None else {"teacher": teacher.weights_sha256})
+        if teacher is not None and trained.metadata.get("teacher", teacher.weights_sha256) != teacher.weights_sha256:
+            place = self.folder / "student"
+            raise RunFolderError(f"{place} was trained with another teacher than the one beside it; delete {place}")
+        return trained
 
-    def _trained(self, phase: Phase, train: Callable[[Path], TrainingResult]) -> tuple[Network, float]:
-        """The network of a phase and the seconds of its training; from disk if it is there."""
+    def _trained(self, phase: Phase, train: Callable[[Path], TrainingResult], origin: dict[str, str]) -> _Trained:
+        """The network of a phase; from disk if it is there."""
         place, state = self.folder / phase, self.folder / f"{phase}.state.safetensors"
         if not place.exists():
+            if phase == "student":  # a summary that is there is not about the network that comes
+                (self.folder / "summary.json").unlink(missing_ok=True)
             result = train(state)
-            self._curves.complete(phase, result.history)
             metadata = {
                 "recipe": self.recipe.tree(),
                 "data": self.dataset.fingerprint,
                 "seconds": result.seconds,
+                "precision": result.precision,
+                "commit": self._commit,
                 "history": result.history,
             }
-            checkpoint.save(place, result.network, metadata)
+            checkpoint.save(place, result.network, metadata | origin)
         state.unlink(missing_ok=True)
-        metadata = checkpoint.load_description(place)["metadata"]
-        if metadata["data"] != self.dataset.fingerprint:
+        trained = _Trained.read(place)
+        if trained.metadata["data"] != self.dataset.fingerprint:
             raise RunFolderError(f"{place} was trained on other images than those of the recipe; delete {self.folder}")
-        return checkpoint.load(place).to(self.device), metadata["seconds"]
+        self._curves.complete(phase, trained.metadata["history"])
+        trained.network.to(self.device)
+        return trained
 
     def _on_epoch(self, report: EpochReport) -> None:
         row: dict[str, Any] = {"phase": report.phase, "epoch": report.epoch, **report.metrics}
@@ -263,48 +330,62 @@ class Run:
         self._curves.put(row)
         self.listener.epoch(report, row)
 
-    def _measured(self, phase: Phase, network: Network, ladder: VerificationOptions | None) -> dict[str, Any] | None:
+    def _measured(self, phase: Phase, trained: _Trained, ladder: VerificationOptions | None) -> dict[str, Any] | None:
         """The accuracies of a network, or None when the recipe or its data ask for none."""
         if ladder is None or self.evaluation is None:
             return None
-        table = self._verdicts(phase, network, ladder, self.evaluation)
+        table, made = self._verdicts(phase, trained, ladder, self.evaluation)
         measured = accuracies(table)
         numbers = {
             "standard_accuracy": measured.standard,
             "adversarial_accuracy": measured.adversarial,
             "num_images": measured.num_images,
-            "verification_seconds": json.loads(table.schema.metadata[b"run"])["seconds"],
+            "verification_seconds": made["seconds"],
+            "verification_commit": made["commit"],
         }
         if phase == "student":
             numbers |= {"certified_accuracy": measured.certified, "certified_upper": measured.certified_upper}
         return numbers
 
     def _verdicts(
-        self, phase: Phase, network: Network, ladder: VerificationOptions, evaluation: Evaluation
-    ) -> pa.Table:
-        """The verdicts about a network; from disk if they are about the same images."""
+        self, phase: Phase, trained: _Trained, ladder: VerificationOptions, evaluation: Evaluation
+    ) -> tuple[pa.Table, dict[str, Any]]:
+        """The verdicts about a network, and how they were made; from disk if they are about it and these images."""
         path = self.folder / ("verdicts.parquet" if phase == "student" else f"{phase}_verdicts.parquet")
         images = evaluation.images
         config = VerifyConfig(threat=self.recipe.threat, **dict(ladder))
-        about = {"evaluated_on": evaluation.part, "verification": fingerprint(config), "num_images": len(images)}
+        about = {
+            "evaluated_on": evaluation.part,
+            "verification": fingerprint(config),
+            "images": evaluation.fingerprint,
+            "weights_sha256": trained.weights_sha256,
+        }
         if path.exists():
-            table = pq.read_table(path)
-            if json.loads(table.schema.metadata[b"run"]).items() >= about.items():
-                return table
+            table, made = _read_verdicts(path)
+            if made.items() >= about.items():
+                return table, made
         started = time.perf_counter()
         table = verify(
-            network,
+            trained.network,
             to_pixels(images.images),
             images.labels,
             config,
             on_rung=lambda rung, still_open: self.listener.rung(phase, rung, still_open, len(images)),
         )
-        about["seconds"] = time.perf_counter() - started
-        table = table.replace_schema_metadata({"run": json.dumps(about)})
+        made = {**about, "seconds": time.perf_counter() - started, "commit": self._commit}
+        table = table.replace_schema_metadata({"run": json.dumps(made)})
         unfinished = path.with_suffix(".unfinished")
         pq.write_table(table, unfinished, compression="zstd")
         os.replace(unfinished, path)
-        return table
+        return table, made
+
+
+def _read_verdicts(path: Path) -> tuple[pa.Table, dict[str, Any]]:
+    try:
+        table = pq.read_table(path)
+        return table, dict(json.loads(table.schema.metadata[b"run"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own errors are among them
+        raise RunFolderError(f"{path} is damaged ({error}); delete it to make it again") from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -135,8 +135,7 @@ class TeacherStep:
     """
 
     def __init__(self, network: Network, config: TeacherConfig, threat: ThreatModel, precision: StepPrecision) -> None:
-        if isinstance(config.attack, NoisyFGSMConfig) and threat.norm != "linf":
-            raise ValueError(f"attack n_fgsm has no form for norm {threat.norm}: it moves by signs; use pgd")
+        config.check_threat(threat)
         self.network, self.config, self.threat, self.precision = network, config, threat, precision
 
     def __call__(self, batch: Batch) -> StepResult:
@@ -221,8 +220,7 @@ class StudentStep:
         schedule: EpsilonSchedule,
         precision: StepPrecision,
     ) -> None:
-        if isinstance(config.loss, SABRConfig) and threat.norm != "linf":
-            raise ValueError(f"loss sabr has no form for norm {threat.norm}: its small box is one of l_inf; use linf")
+        config.check_threat(threat)
         self.network, self.config, self.threat, self.schedule = network, config, threat, schedule
         self.precision = precision
         self.teacher = None

@@ -130,7 +130,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "", *,
     at = f"{where}: " if where else ""
     match first["type"]:
         case "extra_forbidden":
-            return f"unknown key {where}{nearest(str(path[-1]), known_keys(model, path[:-1]), where)}"
+            return f"unknown key {where}{nearest(str(path[-1]), known_keys(model, first['loc'][:-1]), where)}"
         case "missing":
             return f"{where} is missing; it needs a value"
         case "union_tag_invalid" | "union_tag_not_found":
@@ -159,9 +159,13 @@ def nearest(name: str, known: Collection[str], where: str) -> str:
 
 
 def known_keys(model: type[BaseModel], path: Sequence[str | int]) -> set[str]:
-    """The field names that may stand at a path inside a model."""
+    """The field names that may stand at a path inside a model; a tag in the path picks one kind of a union."""
     models = [model]
     for part in path:
+        of_kind = [each for each in models if part == _tag(each)]
+        if of_kind:
+            models = of_kind
+            continue
         annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         models = [inner for annotation in annotations for inner in _models(annotation)]
     return {name for inner in models for name in inner.model_fields}
@@ -180,6 +184,12 @@ def _tags(model: type[BaseModel]) -> set[str]:
     found: set[str] = set()
     for field in model.model_fields.values():
         for inner in _models(field.annotation):
-            kind = inner.model_fields.get("kind")
-            found |= _tags(inner) | ({kind.default} if kind is not None else set())
+            tag = _tag(inner)
+            found |= _tags(inner) | ({tag} if tag is not None else set())
     return found
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    """The `kind` that picks this model out of a union."""
+    kind = model.model_fields.get("kind")
+    return None if kind is None else str(kind.default)

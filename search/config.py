@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from ccdist import yaml_files
-from ccdist.config import Config, DataConfig, ThreatModel, exact_fraction, fingerprint
-from ccdist.recipe import NAME_PATTERN, VerificationOptions
+from ccdist.config import Config, DataConfig, ThreatModel, VerificationOptions, exact_fraction, fingerprint
+from ccdist.recipe import NAME_PATTERN
 from ccdist.yaml_files import nearest as nearest
 from search.errors import UserError
 from search.records import OBJECTIVES

@@ -145,13 +145,10 @@ class Space:
             values = resolved[section] | {"network": parts["network"], "seed": seeds[section]}
             parts[section] = _validate(model, values, section)
         verification = VerifyConfig(threat=config.threat, **dict(config.verification))
-        return Recipe(
-            data=config.data,
-            threat=config.threat,
-            teacher=parts["teacher"],
-            student=parts["student"],
-            verification=verification,
-        )
+        whole = parts | {"data": config.data, "threat": config.threat, "verification": verification}
+        del whole["network"]
+        recipe: Recipe = _validate(Recipe, whole, "")
+        return recipe
 
     def _resolve(self, node: Any, path: tuple[str, ...], choose: _Choose) -> Any:
         """The tree with every range replaced by its chosen value."""

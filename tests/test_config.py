@@ -22,6 +22,7 @@ from ccdist.config import (
     ThreatModel,
     TrainConfig,
     TrainingAttackConfig,
+    VerificationOptions,
     VerifyConfig,
     exact_fraction,
     fingerprint,
@@ -30,6 +31,7 @@ from ccdist.loss_config import CCDistConfig, LossConfig
 from ccdist.optimizer_config import CyclicConfig, MultiStepConfig
 
 STUDENT = {"epochs": 4, "loss": {"kind": "cc_dist", "alpha": 0.5, "beta": 5.0}}
+SHRUNK = {"loss": {"kind": "sabr", "subbox": 0.5, "relu_shrink": 0.8}}
 CONFIGS = [
     value
     for module in (config, loss_config, optimizer_config)
@@ -122,11 +124,36 @@ def test_unknown_keys_are_refused(kind: type[BaseModel], values: dict[str, Any])
         (StudentConfig, STUDENT | {"learning_rate": {"kind": "cyclic"}}, "peak"),
         (StudentConfig, STUDENT | {"optimizer": {"kind": "sgd", "momentum": 1.0}}, "momentum"),
         (DataConfig, {"name": "digits", "validation": 1.0}, "validation"),
+        (VerificationOptions, {"rungs": ["pgd", "pgd"]}, "name one twice"),
+        (StudentConfig, STUDENT | SHRUNK | {"network": {"activation": "gelu"}}, "no effect on activation gelu"),
+        (StudentConfig, STUDENT | {"weight_averaging": {"start": 1}}, "nothing would be averaged"),
+        (TeacherConfig, {"epochs": 1, "weight_averaging": {"start": "5/5"}}, "nothing would be averaged"),
     ],
 )
 def test_impossible_values_are_refused(kind: type[BaseModel], values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         kind.model_validate(values)
+
+
+def test_what_looks_like_a_refused_value_and_is_not() -> None:
+    whole = {"loss": {"kind": "sabr", "subbox": 0.5, "relu_shrink": 1}, "network": {"activation": "gelu"}}
+    for changes in (SHRUNK, whole, {"weight_averaging": {"start": "159/160"}}):
+        StudentConfig.model_validate(STUDENT | changes)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_boxes_and_signs_have_no_form_for_balls(norm: str) -> None:
+    threat = ThreatModel.model_validate({"norm": norm, "epsilon": 0.5})
+    student = StudentConfig.model_validate(STUDENT | SHRUNK)
+    teacher = TeacherConfig.model_validate({"epochs": 1, "attack": {"kind": "n_fgsm"}})
+    for each, message in ((student, "loss sabr has no form for norm l2"), (teacher, "attack n_fgsm has no form")):
+        if norm == "linf":
+            each.check_threat(threat)
+            continue
+        with pytest.raises(ValueError, match=message):
+            each.check_threat(threat)
+    StudentConfig.model_validate(STUDENT).check_threat(threat)
+    TeacherConfig(epochs=1).check_threat(threat)
 
 
 def test_warm_up_and_ramp_may_fill_the_training_exactly() -> None:

@@ -72,6 +72,8 @@ def test_unknown_keys_inside_unions_and_choices_are_found(tmp_path: Path) -> Non
     content = tree()
     content["student"]["loss"]["choices"]["cc_dist"]["beto"] = 1
     assert "unknown key student.loss.beto; did you mean student.loss.beta?" in mistake(tmp_path, content)
+    content = tree(teacher__attack={"kind": "n_fgsm", "steps": 3})
+    assert "unknown key teacher.attack.steps; did you mean teacher.attack.step_size?" in mistake(tmp_path, content)
     content = tree(search__sampler={"kind": "nsga2", "popluation": 8})
     assert "unknown key search.sampler.popluation; did you mean search.sampler.population?" in mistake(
         tmp_path, content
@@ -166,6 +168,7 @@ def test_epsilon_is_a_radius_in_pixel_units(value: Any, expected: str, tmp_path:
         ({"name": "../up"}, "name: '../up' is not allowed"),
         ({"data__validation": 1}, "data.validation: 1 is not allowed"),
         ({"verification__rungs": ["ibp", "bab"]}, "verification.rungs.1: 'bab' is not allowed"),
+        ({"verification__rungs": ["pgd", "pgd"]}, "verification.rungs: ['pgd', 'pgd'] name one twice"),
         ({"network__name": "cnn9"}, "unknown network 'cnn9'; known: "),
         ({"network": 5}, "network: 5 is not allowed"),
         (

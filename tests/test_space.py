@@ -182,6 +182,27 @@ def test_a_corner_that_is_no_configuration_is_shown(tmp_path: Path) -> None:
     assert answer.endswith("a corner of the space)")
 
 
+BALL = {"norm": "l2", "epsilon": 0.5}
+
+
+def test_a_loss_without_a_form_for_the_threat_is_refused_before_the_search(tmp_path: Path) -> None:
+    loss = {"choices": {"small_box": {"kind": "sabr", "subbox": 0.5}, "plain": {"kind": "ibp"}}}
+    changes = {"student__loss": loss, "search__points": []}
+    assert "loss" in space_of(tmp_path, **changes).parameters
+    answer = mistake(tmp_path, threat=BALL, **changes)
+    assert answer.startswith("loss sabr has no form for norm l2: its small box is one of l_inf; use linf (at ")
+    assert "loss=small_box" in answer
+
+
+def test_an_attack_without_a_form_for_the_threat_is_refused_before_the_search(tmp_path: Path) -> None:
+    attack = {"choices": {"signs": {"kind": "n_fgsm"}, "pgd": {"steps": 3, "step_size": 0.5}}}
+    assert "attack" in space_of(tmp_path, teacher__attack=attack).parameters
+    answer = mistake(tmp_path, threat=BALL, teacher__attack=attack)
+    assert answer.startswith("attack n_fgsm has no form for norm l2: it moves by signs; use pgd (at ")
+    plain = {"kind": "cc_ibp", "alpha": 0.5}  # reads no teacher, so none is trained
+    assert space_of(tmp_path, threat=BALL, teacher__attack=attack, student__loss=plain, search__points=[])
+
+
 def test_a_mistake_of_all_corners_is_told_without_one(tmp_path: Path) -> None:
     answer = mistake(tmp_path, student__batch_size=1)
     assert "student.batch_size: 1 is not allowed" in answer

@@ -4,54 +4,30 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from rich.console import Console
+from train_cases import QUICK, ROOT, TINY, curves, refused, run
 
-import spaces
 from ccdist import checkpoint, train
-from ccdist.data import num_batches
+from ccdist.config import DataConfig
+from ccdist.data import ImageSet, load_test_set
 from ccdist.locks import exclusive
-from ccdist.loss_config import CCDistConfig, ExpIBPConfig, IBPConfig, MTLIBPConfig, SABRConfig
 from ccdist.networks import build_network
-from ccdist.optimizer_config import RAdamConfig
-from ccdist.recipe import RecipeFile, load_recipe_file
+from ccdist.provenance import source_commit
+from ccdist.recipe import load_recipe_file
 from ccdist.train_progress import TrainProgress, duration
 from ccdist.training import EpochReport
-from ccdist.training_step import EpsilonSchedule
-from ccdist.yaml_files import YamlFileError
-from search.config import SpaceFileError, load_search_config
 
-ROOT = Path(__file__).parent.parent
-RECIPES = sorted((Path(spaces.__file__).parent / "recipes").glob("*.yaml"))
-TINY = """
-name: tiny
-data: {name: digits, validation: 0.24, train_images: 600, validation_images: 40}
-threat: {norm: linf, epsilon: 1/20}
-network: {name: mlp, width: 16}
-teacher:
-  epochs: 20
-  attack: {steps: 6, step_size: 0.25}
-  precision: {attack: float32}
-student:
-  epochs: 25
-  loss: {kind: cc_dist, alpha: 0.3, beta: 5}
-  attack: {steps: 6, step_size: 0.25}
-  precision: {attack: float32}
-verification: {attack: {steps: 3, step_size: 0.3}}
-seed: 3
-"""
-QUICK = ["--set", "teacher.epochs=1", "--set", "student.epochs=2"]
 # What a clock decides, and no two runs share.
 TIMES = ("seconds", "images_per_second")
 pytestmark = pytest.mark.timeout(60)
@@ -69,22 +45,18 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def run(*arguments: Any) -> int:
-    return train.main([str(argument) for argument in arguments])
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.yaml").write_text(TINY)
+    assert run(folder / "tiny.yaml", "--out", folder / "out", *QUICK) == 0
+    return folder / "out"
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: Any, code: int = 2) -> str:
-    """The one line that the command answers with."""
-    assert run(*arguments) == code
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1, line
-    assert line.startswith("error: ")
-    return line.strip()
-
-
-def curves(out: Path) -> list[dict[str, Any]]:
-    file = out / "curves.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+@pytest.fixture
+def finished(trained_once: Path, out: Path) -> Path:
+    """A folder of its own in which the recipe is finished as QUICK says."""
+    return Path(shutil.copytree(trained_once, out))
 
 
 # ---- stopped at any moment ------------------------------------------------------------------------------------------
@@ -125,19 +97,31 @@ def check_like_an_uninterrupted_run(recipe: Path, out: Path, whole: Path) -> Non
 
 
 @pytest.mark.timeout(180)
-def test_stopped_in_every_way_it_ends_like_an_uninterrupted_run(
+def test_terminated_and_killed_it_ends_like_an_uninterrupted_run(
     recipe: Path, out: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ways = [(2, signal.SIGTERM, 143), (9, signal.SIGKILL, -9), (23, signal.SIGINT, 130), (32, signal.SIGKILL, -9)]
+    ways = [(2, signal.SIGTERM, 143), (32, signal.SIGKILL, -9)]
     for rows, how, code in ways:
         stopped = stopped_at(recipe, out, rows, how, random.uniform(0, 0.02))
         assert stopped.returncode == code
         if how is signal.SIGKILL:
             continue
         assert stopped.stderr == (f"stopped; go on with: python -m ccdist.train {recipe} --out {out} --threads 1\n")
-        assert f"{'teacher' if rows < 20 else 'student'} " in stopped.stdout
+        assert "teacher " in stopped.stdout
     check_like_an_uninterrupted_run(recipe, out, tmp_path / "whole")
     assert "loss " in capfd.readouterr().out
+
+
+def test_ctrl_c_ends_with_the_command_to_go_on_with(
+    recipe: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainProgress, "epoch", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert run(recipe, "--out", out, *QUICK) == 130
+    told = capsys.readouterr().err
+    command = f"stopped; go on with: python -m ccdist.train {recipe} --set teacher.epochs=1 --set student.epochs=2"
+    assert told == f"{command} --out {out}\n"
+    assert run(recipe, "--out", out, *QUICK) == 0
 
 
 @pytest.mark.slow
@@ -175,6 +159,7 @@ def test_a_run_leaves_everything_and_the_same_command_only_tells_it(
     assert resolved == load_recipe_file(recipe, [each for each in QUICK if each != "--set"])
     network = checkpoint.load(out / "student")
     assert network.num_features == 16
+    check_it_says_what_made_it(out, summary)
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != "lock"}
     assert run(recipe, "--out", out, *QUICK) == 0
@@ -182,13 +167,128 @@ def test_a_run_leaves_everything_and_the_same_command_only_tells_it(
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_the_test_set_is_read_when_asked_for(recipe: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(recipe, "--out", out, *QUICK) == 0
-    weights = (out / "student" / checkpoint.WEIGHTS).stat().st_mtime_ns
+def check_it_says_what_made_it(out: Path, summary: dict[str, Any]) -> None:
+    metadata = checkpoint.load_description(out / "student")["metadata"]
+    assert summary["precision"]["student"] == metadata["precision"]
+    assert metadata["precision"]["attack"] == metadata["precision"]["training"] == "float32"
+    assert summary["precision"]["teacher"]["teacher"] in ("float32", "bfloat16")  # auto, decided
+    assert summary["commit"] == {"teacher": metadata["commit"], "student": metadata["commit"]}
+    assert summary["student"]["verification_commit"] == metadata["commit"] == source_commit()
+    assert summary["weights_sha256"] == checkpoint.weights_sha256(checkpoint.load(out / "student"))
+    assert metadata["teacher"] == checkpoint.weights_sha256(checkpoint.load(out / "teacher"))
+
+
+def changed_weights(place: Path) -> None:
+    """Another network in the place of one, as a training with another number of threads leaves it."""
+    network, metadata = checkpoint.load(place), checkpoint.load_description(place)["metadata"]
+    with torch.no_grad():
+        network.head.bias += torch.linspace(-1, 1, 10)
+    checkpoint.save(place, network, metadata)
+
+
+def test_verdicts_are_about_the_network_that_is_there(
+    recipe: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = pq.read_table(finished / "verdicts.parquet")["lower_bound"].to_pylist()
+    changed_weights(finished / "student")
+    capsys.readouterr()
+    assert run(recipe, "--out", finished, *QUICK) == 0
+    told = capsys.readouterr().out
+    assert "is finished" not in told
+    assert "student, clean: " in told
+    assert "teacher, clean: " not in told  # the teacher's are still about the teacher
+    assert pq.read_table(finished / "verdicts.parquet")["lower_bound"].to_pylist() != before
+
+
+def test_a_student_that_was_taken_away_is_trained_again(
+    recipe: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(finished / "student")
+    (finished / "curves.jsonl").unlink()
+    capsys.readouterr()
+    assert run(recipe, "--out", finished, *QUICK) == 0
+    told = capsys.readouterr().out
+    assert "is finished" not in told
+    assert "student 2/2" in told
+    assert (finished / "student" / checkpoint.WEIGHTS).exists()
+    assert [row["phase"] for row in curves(finished)] == ["teacher", "student", "student"]
+
+
+def test_a_student_of_another_teacher_is_refused(
+    recipe: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed_weights(finished / "teacher")
+    (finished / "summary.json").unlink()
+    answer = refused(capsys, recipe, "--out", finished, *QUICK)
+    assert f"{finished / 'student'} was trained with another teacher than the one beside it; delete" in answer
+
+
+def test_verdicts_are_about_the_images_that_are_there(
+    recipe: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run(recipe, "--out", out, *QUICK, "--test") == 0
+    capsys.readouterr()
+
+    def mirrored(config: DataConfig) -> ImageSet:
+        images = load_test_set(config)
+        return ImageSet(images.images.flip(3), images.labels)
+
+    monkeypatch.setattr(train, "load_test_set", mirrored)
+    (out / "summary.json").unlink()
+    assert run(recipe, "--out", out, *QUICK, "--test") == 0
+    told = capsys.readouterr().out
+    assert "student, clean: " in told
+    assert "teacher, clean: " in told
+
+
+def test_images_in_another_place_are_looked_at_first(
+    recipe: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished folder, too: its numbers are about the images that were in the old place."""
+    elsewhere = ["--set", f"data.path={tmp_path / 'elsewhere'}"]
+    assert "has no train.parquet" in refused(capsys, recipe, "--out", out, *QUICK, *elsewhere)
+    assert not (out / "recipe.yaml").exists()
+    assert run(recipe, "--out", out, *QUICK) == 0
+    written = (out / "recipe.yaml").read_bytes()
+    capsys.readouterr()
+    assert "has no train.parquet" in refused(capsys, recipe, "--out", out, *QUICK, *elsewhere)
+    batches = ["--set", "verification.batch_size=7"]
+    assert "has no train.parquet" in refused(capsys, recipe, "--out", out, *QUICK, *elsewhere, *batches)
+    assert (out / "recipe.yaml").read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("curves.jsonl", b"{\n"),
+        ("curves.jsonl", b"[1]\n"),
+        ("curves.jsonl", b"\xff"),
+        ("verdicts.parquet", b"{\n"),
+        ("verdicts.parquet", b""),
+    ],
+)
+def test_a_damaged_file_is_named_and_made_again(
+    file: str, content: bytes, recipe: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = curves(finished)
+    (finished / file).write_bytes(content)
+    (finished / "summary.json").unlink()
+    capsys.readouterr()
+    answer = refused(capsys, recipe, "--out", finished, *QUICK)
+    assert answer.startswith(f"error: {finished / file} is damaged (")
+    assert answer.endswith("; delete it to make it again")
+    (finished / file).unlink()
+    assert run(recipe, "--out", finished, *QUICK) == 0
+    assert [row.keys() & {"loss"} for row in curves(finished)] == [row.keys() & {"loss"} for row in before]
+
+
+def test_the_test_set_is_read_when_asked_for(recipe: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = (finished / "student" / checkpoint.WEIGHTS).stat().st_mtime_ns
+    assert run(recipe, "--out", finished, *QUICK, "--test") == 0
     assert "(270 test images)" in capsys.readouterr().out.splitlines()[-1]
-    assert (out / "student" / checkpoint.WEIGHTS).stat().st_mtime_ns == weights  # measured again, not trained again
-    assert json.loads((out / "summary.json").read_text())["evaluated_on"] == "test"
+    # measured again, not trained again
+    assert (finished / "student" / checkpoint.WEIGHTS).stat().st_mtime_ns == weights
+    assert json.loads((finished / "summary.json").read_text())["evaluated_on"] == "test"
 
 
 def test_all_images_may_be_trained_on(recipe: Path, out: Path) -> None:
@@ -196,19 +296,21 @@ def test_all_images_may_be_trained_on(recipe: Path, out: Path) -> None:
     assert json.loads((out / "summary.json").read_text())["student"]["num_images"] == 270
 
 
-def test_another_verification_is_no_other_training(recipe: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_verification_is_no_other_training(
+    recipe: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What runs out of memory at the end of a training is asked for again in smaller batches."""
-    assert run(recipe, "--out", out, *QUICK) == 0
-    weights = (out / "student" / checkpoint.WEIGHTS).stat().st_mtime_ns
+    weights = (finished / "student" / checkpoint.WEIGHTS).stat().st_mtime_ns
+    assert run(recipe, "--out", finished, *QUICK) == 0
     first = capsys.readouterr().out.splitlines()[-1]
-    assert run(recipe, "--out", out, *QUICK, "--set", "verification.batch_size=7") == 0
+    assert run(recipe, "--out", finished, *QUICK, "--set", "verification.batch_size=7") == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0].startswith("student, clean: ")
     assert told[-1].split(")")[0] == first.split(")")[0]
-    assert load_recipe_file(out / "recipe.yaml").verification.batch_size == 7
-    assert run(recipe, "--out", out, *QUICK, "--set", "verification=null") == 0
+    assert load_recipe_file(finished / "recipe.yaml").verification.batch_size == 7
+    assert run(recipe, "--out", finished, *QUICK, "--set", "verification=null") == 0
     assert capsys.readouterr().out.startswith("tiny: not evaluated  ")
-    assert (out / "student" / checkpoint.WEIGHTS).stat().st_mtime_ns == weights
+    assert (finished / "student" / checkpoint.WEIGHTS).stat().st_mtime_ns == weights
 
 
 def test_the_default_folder_has_the_recipes_name(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,79 +356,6 @@ def test_durations_are_told_in_the_unit_that_fits(seconds: float, expected: str)
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        (["student.epoch=3"], "unknown key student.epoch; did you mean student.epochs?"),
-        (["studnet.epochs=3"], "unknown key studnet; did you mean student?"),
-        (["budget={trials: 3}"], "unknown key budget"),
-        (["network.widht=3"], "unknown key network.widht; did you mean network.width?"),
-        (["student.loss.alpha={low: 0, high: 1}"], "student.loss.alpha: {'low': 0, 'high': 1} is not allowed"),
-        (["student.epochs=2.5"], "student.epochs: 2.5 is not allowed: expected a whole number"),
-        (["student.epochs"], "--set student.epochs: expected key=value"),
-        (["threat.epsilon=8"], "write 8/255 if that is what you mean"),
-        (["teacher=null"], "teacher is missing: a student with loss cc_dist and initialization ibp reads one"),
-        (["teacher.seed=1"], "teacher.seed is not set there: seeds follow from the recipe's `seed`"),
-        (["student.network={name: mlp}"], "student.network is not set there: the network stands beside it"),
-        (["seed=-1"], "seed: -1 is not allowed"),
-        (["data.validation=0"], "data.validation is 0, so there are no images to verify; --test evaluates on"),
-        (["name=../up"], "name: '../up' is not allowed"),
-    ],
-)
-def test_a_wrong_recipe_touches_nothing(
-    settings: list[str], expected: str, recipe: Path, out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = [flag for setting in settings for flag in ("--set", setting)]
-    assert expected in refused(capsys, recipe, "--out", out, *flags)
-    assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("- 1\n", "holds a list; expected keys and values"),
-        ("name: [\n", "cannot be read"),
-        ("name: 2020-99-99\n", "cannot be read"),
-        ("[" * 5000, "cannot be read"),
-        ("name: a\ndata: {name: digits}\nname: b\n", "key name stands twice, again in line 3; remove one"),
-        ("name: a\ndata:\n  name: digits\n  flip: true\n  name: mnist\n", "key name stands twice, again in line 5"),
-    ],
-)
-def test_a_file_that_is_no_recipe(
-    text: str, expected: str, tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "wrong.yaml"
-    file.write_text(text)
-    answer = refused(capsys, file, "--out", out)
-    assert f"recipe {file} " in answer
-    assert expected in answer
-
-
-def test_a_key_that_overrides_a_merged_one_stands_once(tmp_path: Path) -> None:
-    file = tmp_path / "merged.yaml"
-    file.write_text(TINY.replace("teacher:\n", "teacher: &teacher\n") + "unused: {<<: *teacher, epochs: 3}\n")
-    with pytest.raises(YamlFileError, match="unknown key unused"):  # and no word about epochs
-        load_recipe_file(file)
-
-
-def test_a_space_file_with_a_key_twice_is_refused_as_one(tmp_path: Path) -> None:
-    file = tmp_path / "space.yaml"
-    file.write_text("name: a\nname: b\n")
-    with pytest.raises(SpaceFileError, match=r"space file .* key name stands twice, again in line 2"):
-        load_search_config(file)
-
-
-def test_a_search_needs_validation_images() -> None:
-    with pytest.raises(SpaceFileError, match=r"data: validation is 0; a search measures"):
-        load_search_config(ROOT / "spaces" / "digits.yaml", ["data.validation=0"])
-
-
-def test_a_recipe_that_is_not_there(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer = refused(capsys, "nowhere.yaml", "--out", out)
-    assert answer.startswith("error: no recipe nowhere.yaml; give a path, or the name of a shipped one: ")
-    assert "cifar_2_255_cc_ibp" in answer
-
-
 def test_a_device_that_is_not_there(
     recipe: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,9 +368,10 @@ def test_data_that_are_not_there(recipe: Path, out: Path, tmp_path: Path, capsys
     assert "has no train.parquet" in refused(capsys, recipe, "--out", out, "--set", f"data.path={tmp_path}")
 
 
-def test_what_does_not_go_together(recipe: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ["--set", "student.loss={kind: sabr, subbox: 0.5}", "--set", "threat={norm: l2, epsilon: 0.5}"]
-    assert "loss sabr has no form for norm l2" in refused(capsys, recipe, "--out", out, *settings)
+def test_a_test_of_nothing(recipe: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = refused(capsys, recipe, "--out", out, "--test", "--set", "verification=null")
+    assert answer.startswith("error: --test evaluates on the test set, but verification is null")
+    assert not out.exists()
 
 
 def test_a_loss_that_is_not_finite(recipe: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -349,13 +379,12 @@ def test_a_loss_that_is_not_finite(recipe: Path, out: Path, capsys: pytest.Captu
     assert "the student's loss or gradient is not finite at step 0" in answer
 
 
-def test_another_recipe_in_the_same_folder(recipe: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(recipe, "--out", out, *QUICK) == 0
+def test_another_recipe_in_the_same_folder(recipe: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    answer = refused(capsys, recipe, "--out", out, *QUICK, "--set", "student.loss.beta=7")
-    assert f"{out} holds another training: there student.loss.beta is 5.0, now it is 7.0; choose another" in answer
-    (out / "recipe.yaml").write_text("name: [")
-    assert f"recipe {out / 'recipe.yaml'} cannot be read" in refused(capsys, recipe, "--out", out)
+    answer = refused(capsys, recipe, "--out", finished, *QUICK, "--set", "student.loss.beta=7")
+    assert f"{finished} holds another training: there student.loss.beta is 5.0, now it is 7.0; choose another" in answer
+    (finished / "recipe.yaml").write_text("name: [")
+    assert f"recipe {finished / 'recipe.yaml'} cannot be read" in refused(capsys, recipe, "--out", finished)
 
 
 def test_a_folder_with_something_else_in_it(recipe: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,146 +399,10 @@ def test_a_folder_that_another_process_works_in(recipe: Path, out: Path, capsys:
         assert f"lock is held by process {os.getpid()}" in refused(capsys, recipe, "--out", out)
 
 
-def test_a_damaged_network(recipe: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(recipe, "--out", out, *QUICK) == 0
+def test_a_damaged_network(recipe: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    (out / "summary.json").unlink()
-    (out / "student" / checkpoint.WEIGHTS).write_bytes(b"")
-    assert "is damaged" in refused(capsys, recipe, "--out", out, *QUICK)
-
-
-# ---- the recipes of the papers --------------------------------------------------------------------------------------
-
-
-def recipe_named(name: str) -> RecipeFile:
-    return load_recipe_file(next(file for file in RECIPES if file.name == f"{name}.yaml"))
-
-
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
-def test_a_shipped_recipe_is_complete(file: Path) -> None:
-    loaded = load_recipe_file(file)
-    assert loaded.name == file.name.removesuffix(".yaml")
-    assert loaded.verification is not None
-    assert loaded.needs_teacher == (loaded.teacher is not None)
-    assert RecipeFile.model_validate(yaml.safe_load(yaml.safe_dump(loaded.tree()))) == loaded
-    if file.stem != "digits":
-        assert loaded.data.validation == 0
-        assert (loaded.network.name, loaded.network.width) == ("cnn7", 64)
-
-
-def test_every_row_of_the_papers_is_there() -> None:
-    names = {file.name.removesuffix(".yaml") for file in RECIPES}
-    settings = {"mnist_0.1", "mnist_0.3", "cifar_2_255", "cifar_8_255", "tiny_imagenet_1_255", "imagenet64_1_255"}
-    for method in ("cc_ibp", "mtl_ibp", "cc_dist"):
-        assert {f"{setting}_{method}" for setting in settings} <= names
-    assert len([name for name in names if name.endswith("_ctbench")]) == 11
-    assert len([name for name in names if name.endswith("_ctrain")]) == 2
-
-
-IMAGES = {"mnist": 60_000, "cifar10": 50_000, "tiny_imagenet": 100_000, "imagenet64": 1_281_167}
-# From the tables of the papers' code, by hand: steps an epoch; the ramp's first epoch (0-based, whole) and its length;
-# epochs of the drops.
-TIMETABLES = {
-    "mnist_0.1_cc_ibp": (235, 0, 20, (50, 60), 70),
-    "mnist_0.3_mtl_ibp": (235, 0, 20, (50, 60), 70),
-    "cifar_2_255_cc_ibp": (391, 1, 80, (120, 140), 160),
-    "cifar_2_255_cc_dist": (391, 1, 80, (120, 140), 160),
-    "cifar_8_255_cc_ibp": (391, 1, 80, (180, 220), 260),
-    "cifar_8_255_mtl_ibp_ctbench": (391, 1, 120, (200, 220), 240),
-    "tiny_imagenet_1_255_exp_ibp": (782, 1, 80, (120, 140), 160),
-    "tiny_imagenet_1_255_exp_ibp_ctbench": (782, 1, 20, (60, 70), 80),
-    "imagenet64_1_255_mtl_ibp": (10010, 1, 20, (60, 70), 80),
-    "cifar_2_255_mtl_ibp_ctrain": (98, 5, 83, (100, 129), 160),
-    "cifar_2_255_sabr_ctrain": (98, 3, 104, (134, 147), 160),
-}
-
-
-@pytest.mark.parametrize("name", TIMETABLES)
-def test_the_timetable_of_a_recipe_is_the_published_one(name: str) -> None:
-    steps, start, length, drops, epochs = TIMETABLES[name]
-    loaded = recipe_named(name)
-    student = loaded.student
-    assert student.epochs == epochs
-    assert num_batches(IMAGES[loaded.data.name], student.batch_size) == steps
-    schedule = EpsilonSchedule(student.epsilon_schedule, loaded.threat, epochs * steps)
-    assert (schedule.start, schedule.length) == (start * steps, length * steps)
-    end = start + length
-    assert tuple(end + round(share * (epochs - end)) for share in student.learning_rate.drops) == drops
-
-
-def test_the_numbers_of_the_cc_ibp_row_at_2_255() -> None:
-    loaded = recipe_named("cifar_2_255_cc_ibp")
-    student = loaded.student
-    assert loaded.threat.epsilon == Fraction(2, 255)
-    assert (student.loss.kind, student.loss.alpha, student.l1, student.shi_weight) == ("cc_ibp", 0.01, 3e-6, 0.5)
-    attack = student.attack
-    assert (attack.steps, attack.step_size, attack.kappa, attack.restarts, attack.keep) == (8, 0.25, 2.1, 1, "best")
-    assert (student.learning_rate.initial, student.learning_rate.decay) == (5e-4, 0.2)
-    assert (student.optimizer.kind, student.optimizer.weight_decay, student.gradient_clip) == ("adam", 0, 10)
-    assert (student.batch_size, student.batch_norm, student.initialization) == (128, "adversarial", "ibp")
-    assert (loaded.data.flip, loaded.data.crop_padding) == (True, 2)
-
-
-def test_the_numbers_of_the_cc_ibp_row_on_mnist_at_03() -> None:
-    loaded = recipe_named("mnist_0.3_cc_ibp")
-    student = loaded.student
-    assert (loaded.threat.epsilon, student.epsilon_schedule.train_epsilon_factor) == (Fraction(3, 10), 1.334)
-    assert (student.loss.alpha, student.l1, student.batch_size) == (0.3, 3e-6, 256)
-    assert (student.attack.steps, student.attack.step_size, student.attack.keep) == (1, 10, "last")
-    assert (loaded.data.mean, loaded.data.std, loaded.data.flip) == ((0,), (1,), False)
-
-
-def test_the_numbers_of_the_mtl_ibp_row_of_ctbench_at_2_255() -> None:
-    student = recipe_named("cifar_2_255_mtl_ibp_ctbench").student
-    assert student.loss == MTLIBPConfig(alpha=0.01)
-    assert (student.attack.steps, student.attack.restarts, student.attack.kappa) == (1, 3, 2)
-    assert (student.natural_weight, student.l1, student.batch_norm) == (0.1, 3e-6, "clean")
-    assert student.population_statistics
-    averaging = student.weight_averaging
-    assert averaging is not None
-    assert (averaging.start * student.epochs, averaging.every) == (150, 10)
-
-
-def test_the_numbers_of_the_sabr_row_of_ctbench_at_2_255() -> None:
-    student = recipe_named("cifar_2_255_sabr_ctbench").student
-    assert student.loss == SABRConfig(subbox=0.1, relu_shrink=0.8)
-    assert student.epsilon_schedule.train_epsilon_factor == 1.5  # 3/255
-    assert (student.attack.steps, student.attack.restarts, student.l1) == (5, 3, 1e-6)
-    assert (student.natural_weight, student.weight_averaging) == (0, None)
-
-
-def test_the_numbers_of_the_exp_ibp_rows_on_tiny_imagenet() -> None:
-    published, ctbench = (recipe_named(f"tiny_imagenet_1_255_exp_ibp{suffix}").student for suffix in ("", "_ctbench"))
-    assert (published.loss, published.l1, published.shi_weight) == (ExpIBPConfig(alpha=0.04), 5e-5, 0.2)
-    assert (ctbench.loss, ctbench.l1, ctbench.shi_weight) == (ExpIBPConfig(alpha=0.4), 1e-6, 0.2)
-    assert recipe_named("cifar_2_255_ibp_ctbench").student.loss == IBPConfig()
-
-
-def test_the_numbers_of_the_best_configuration_of_ctrain() -> None:
-    student = recipe_named("cifar_2_255_mtl_ibp_ctrain").student
-    assert (student.loss, student.l1, student.shi_weight) == (MTLIBPConfig(alpha=0.00223), 1.43e-6, 0.414)
-    assert (student.attack.steps, student.attack.step_size, student.attack.kappa) == (7, 1.63, 2.27)
-    assert (student.optimizer, student.batch_size) == (RAdamConfig(), 512)
-    assert (student.learning_rate.initial, student.learning_rate.decay) == (5.8e-3, 0.115)
-    assert student.epsilon_schedule.train_epsilon_factor == 1.17
-
-
-@pytest.mark.parametrize("setting", ["mnist_0.1", "mnist_0.3", "cifar_2_255", "cifar_8_255", "imagenet64_1_255"])
-def test_a_cc_dist_recipe_is_cc_ibp_with_a_teacher(setting: str) -> None:
-    plain, distilled = recipe_named(f"{setting}_cc_ibp"), recipe_named(f"{setting}_cc_dist")
-    assert distilled.student.loss == CCDistConfig(alpha=plain.student.loss.alpha, beta=5)
-    assert distilled.student.model_copy(update={"loss": plain.student.loss}) == plain.student
-    assert (distilled.data, distilled.threat, distilled.seed) == (plain.data, plain.threat, plain.seed)
-    teacher = distilled.teacher
-    assert teacher is not None
-    assert (teacher.epochs, teacher.attack.steps, teacher.attack.step_size) == (30, 10, 0.25)
-
-
-def test_the_teachers_of_ctbench() -> None:
-    at_2, at_8 = (recipe_named(f"cifar_{radius}_255_cc_dist_pgd_teacher").teacher for radius in (2, 8))
-    assert at_2 is not None
-    assert at_8 is not None
-    assert (at_2.epochs, at_2.attack.steps, at_2.attack.restarts, at_2.l1) == (160, 8, 3, 2e-5)
-    assert [share * at_2.epochs for share in at_2.learning_rate.drops] == [120, 140]
-    assert (at_8.epochs, at_8.attack.steps, at_8.attack.restarts, at_8.l1) == (240, 10, 3, 1e-6)
-    assert [share * at_8.epochs for share in at_8.learning_rate.drops] == [200, 220]
+    (finished / "summary.json").unlink()
+    (finished / "student" / checkpoint.WEIGHTS).write_bytes(b"")
+    answer = refused(capsys, recipe, "--out", finished, *QUICK)
+    assert "is damaged" in answer
+    assert answer.endswith(f"; delete {finished / 'student'} to make it again")

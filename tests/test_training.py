@@ -429,12 +429,6 @@ def test_averaging_does_not_change_the_training_before_its_end(
     )
 
 
-def test_averaging_that_starts_at_the_end_keeps_the_last_weights(dataset: Dataset, teacher: Network) -> None:
-    late = {"start": 1, "every": 1}
-    one = train_student(dataset, THREAT, student_config(weight_averaging=late), teacher).network
-    assert_same(one, train_student(dataset, THREAT, student_config(), teacher).network)
-
-
 @pytest.mark.parametrize(
     ("optimizer", "plain"),
     [
