@@ -117,4 +117,9 @@ def load_recipe_file(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
     Raises:
         YamlFileError: the file cannot be read, or something in it is wrong.
     """
-    return yaml_files.validated(RecipeFile, yaml_files.read_tree(path, settings, kind=KIND), path, kind=KIND)
+    tree = yaml_files.read_tree(path, settings, kind=KIND)
+    if "search" in tree or "budget" in tree:
+        raise yaml_files.YamlFileError(
+            f"{path} is a space file, whose ranges are searched by python -m search.run {path}; a recipe has values only"
+        )
+    return yaml_files.validated(RecipeFile, tree, path, kind=KIND)

@@ -16,7 +16,8 @@ from ccdist.training_step import EpsilonSchedule
 from ccdist.yaml_files import YamlFileError
 from search.config import SpaceFileError, load_search_config
 
-RECIPES = sorted((Path(spaces.__file__).parent / "recipes").glob("*.yaml"))
+SPACES = Path(spaces.__file__).parent
+RECIPES = sorted((SPACES / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -267,3 +268,13 @@ def test_the_teachers_of_ctbench() -> None:
     assert [share * at_2.epochs for share in at_2.learning_rate.drops] == [120, 140]
     assert (at_8.epochs, at_8.attack.steps, at_8.attack.restarts, at_8.l1) == (240, 10, 3, 1e-6)
     assert [share * at_8.epochs for share in at_8.learning_rate.drops] == [200, 220]
+
+
+def test_a_space_file_is_no_recipe() -> None:
+    with pytest.raises(YamlFileError, match=r"digits.yaml is a space file, .* python -m search.run"):
+        load_recipe_file(SPACES / "digits.yaml")
+
+
+def test_a_name_where_a_mapping_is_expected() -> None:
+    with pytest.raises(YamlFileError, match=r"student.optimizer: 'radam' is a name .* such as \{kind: radam\}"):
+        load_recipe_file(SPACES / "recipes" / "digits.yaml", ["student.optimizer=radam"])
