@@ -120,6 +120,6 @@ def load_recipe_file(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
     tree = yaml_files.read_tree(path, settings, kind=KIND)
     if "search" in tree or "budget" in tree:
         raise yaml_files.YamlFileError(
-            f"{path} is a space file, whose ranges are searched by python -m search.run {path}; a recipe has values only"
+            f"{path} is a space file: python -m search.run {path} searches its ranges; a recipe has values only"
         )
     return yaml_files.validated(RecipeFile, tree, path, kind=KIND)

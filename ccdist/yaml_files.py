@@ -139,7 +139,8 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: str = "", *,
         case "int_from_float":
             return f"{at}{_shown(first['input'])} is not allowed: expected a whole number{whole_number}"
         case "model_attributes_type" if isinstance(first["input"], str):
-            return f"{at}{_shown(first['input'])} is a name where a mapping is expected, such as {{kind: {first['input']}}}"
+            name = first["input"]
+            return f"{at}{_shown(name)} is a name where a mapping is expected, such as {{kind: {name}}}"
         case "value_error":
             return f"{at}{first['msg'].removeprefix('Value error, ')}"
         case _:
