@@ -117,9 +117,8 @@ def load_recipe_file(path: Path, settings: Sequence[str] = ()) -> RecipeFile:
     Raises:
         YamlFileError: the file cannot be read, or something in it is wrong.
     """
-    tree = yaml_files.read_tree(path, settings, kind=KIND)
-    if "search" in tree or "budget" in tree:
+    if {"search", "budget"} & yaml_files.read_tree(path, (), kind=KIND).keys():
         raise yaml_files.YamlFileError(
             f"{path} is a space file: python -m search.run {path} searches its ranges; a recipe has values only"
         )
-    return yaml_files.validated(RecipeFile, tree, path, kind=KIND)
+    return yaml_files.validated(RecipeFile, yaml_files.read_tree(path, settings, kind=KIND), path, kind=KIND)
