@@ -115,9 +115,13 @@ def test_terminated_and_killed_it_ends_like_an_uninterrupted_run(
 def test_ctrl_c_ends_with_the_command_to_go_on_with(
     recipe: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainProgress, "epoch", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        assert run(recipe, "--out", out, *QUICK) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainProgress, "epoch", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            assert run(recipe, "--out", out, *QUICK) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     told = capsys.readouterr().err
     command = f"stopped; go on with: python -m ccdist.train {recipe} --set teacher.epochs=1 --set student.epochs=2"
     assert told == f"{command} --out {out}\n"
