@@ -200,7 +200,6 @@ class Terms:
     """What a student's loss may read; None where its configuration says that it does not."""
 
     adv_features: Tensor | None
-    adv_logits: Tensor | None
     adv_diffs: Tensor | None
     feature_box: Interval | None
     lower_diffs: Tensor | None
@@ -263,7 +262,6 @@ class StudentStep:
         clean_logits = None if clean_features is None else network.head(clean_features)
         terms = Terms(
             adv_features=adv_features,
-            adv_logits=adv_logits,
             adv_diffs=None if adv_logits is None else logit_differences(adv_logits, batch.labels),
             feature_box=feature_box,
             lower_diffs=lower_diffs,

@@ -138,7 +138,8 @@ def test_impossible_values_are_refused(kind: type[BaseModel], values: dict[str, 
 def test_what_looks_like_a_refused_value_and_is_not() -> None:
     whole = {"loss": {"kind": "sabr", "subbox": 0.5, "relu_shrink": 1}, "network": {"activation": "gelu"}}
     for changes in (SHRUNK, whole, {"weight_averaging": {"start": "159/160"}}):
-        StudentConfig.model_validate(STUDENT | changes)
+        config = StudentConfig.model_validate(STUDENT | changes)
+        assert StudentConfig.model_validate(config.model_dump()) == config
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -92,16 +92,16 @@ BUILT = {"cnn7": 4, "cnn7-narrow": 2, "cnn5": 4, "resnet": 2, "mlp": 5}
 
 @given(case=strategies.cases(batch=5), batch_statistics=st.booleans())
 def test_points_are_those_of_the_plain_network(case: strategies.Case, batch_statistics: bool) -> None:
-    _compare_points(case.network, case.images, batch_statistics)
+    assert_same_points(case.network, case.images, batch_statistics)
 
 
 @pytest.mark.parametrize("batch_statistics", [False, True])
 @pytest.mark.parametrize("name", BUILT)
 def test_points_of_built_networks(name: str, batch_statistics: bool) -> None:
-    _compare_points(*network_case(name, width=BUILT[name]), batch_statistics)
+    assert_same_points(*network_case(name, width=BUILT[name]), batch_statistics)
 
 
-def _compare_points(network: Network, images: Tensor, batch_statistics: bool) -> None:
+def assert_same_points(network: Network, images: Tensor, batch_statistics: bool) -> None:
     statistics = collected(network, images.flip(0) ** 2) if batch_statistics else None
     before, given_images = state(network), images.clone()
     actual = folded_forward(Fold().fixed(network.features, statistics), images)
@@ -118,7 +118,7 @@ def _compare_points(network: Network, images: Tensor, batch_statistics: bool) ->
 
 @given(case=strategies.cases(batch=5), batch_statistics=st.booleans())
 def test_intervals_are_those_of_the_plain_network(case: strategies.Case, batch_statistics: bool) -> None:
-    _compare_intervals(case.network, case.box, collected(case.network, case.images) if batch_statistics else None)
+    assert_same_intervals(case.network, case.box, collected(case.network, case.images) if batch_statistics else None)
 
 
 @pytest.mark.parametrize("batch_statistics", [False, True])
@@ -126,10 +126,12 @@ def test_intervals_are_those_of_the_plain_network(case: strategies.Case, batch_s
 @pytest.mark.parametrize("name", BUILT)
 def test_intervals_of_built_networks(name: str, epsilon: float, batch_statistics: bool) -> None:
     network, images = network_case(name, width=BUILT[name])
-    _compare_intervals(network, epsilon_box(images, epsilon), collected(network, images) if batch_statistics else None)
+    assert_same_intervals(
+        network, epsilon_box(images, epsilon), collected(network, images) if batch_statistics else None
+    )
 
 
-def _compare_intervals(network: Network, box: Interval, statistics: Statistics | None) -> None:
+def assert_same_intervals(network: Network, box: Interval, statistics: Statistics | None) -> None:
     before, lower, upper = state(network), box.lower.clone(), box.upper.clone()
     inputs: list[tuple[Tensor, Tensor]] = []
     plain_trace = Trace()
@@ -170,16 +172,16 @@ def test_a_radius_far_below_the_centre_survives_in_float32() -> None:
 
 @given(case=strategies.cases(batch=5), rounds=st.integers(1, 2))
 def test_collecting_is_that_of_the_plain_network(case: strategies.Case, rounds: int) -> None:
-    _compare_collecting(case.network, case.images, case.box, rounds)
+    assert_same_collecting(case.network, case.images, case.box, rounds)
 
 
 @pytest.mark.parametrize("name", BUILT)
 def test_collecting_in_built_networks(name: str) -> None:
     network, images = network_case(name, width=BUILT[name])
-    _compare_collecting(network, images, epsilon_box(images, 0.02), 2)
+    assert_same_collecting(network, images, epsilon_box(images, 0.02), 2)
 
 
-def _compare_collecting(network: Network, images: Tensor, box: Interval, rounds: int) -> None:
+def assert_same_collecting(network: Network, images: Tensor, box: Interval, rounds: int) -> None:
     """Statistics, running statistics, and gradients that reach them by a point and by an interval, as in training."""
     plain, before, given_images = copy.deepcopy(network), state(network), images.clone()
     for scale in range(1, rounds + 1):
@@ -339,8 +341,8 @@ def test_unusual_networks(name: str, last: bool) -> None:
     network, images = unusual(UNUSUAL.get(name, repeated))
     images = channels_last(images) if last else images
     box = Interval(images - 0.05, images + 0.05)
-    _compare_points(network, images, False)
-    _compare_intervals(network, box, None)
+    assert_same_points(network, images, False)
+    assert_same_intervals(network, box, None)
     if name == "repeated":
         # The statistics of a layer that stands in two places are those of its last pass: in either network.
         plain, statistics, plain_statistics = copy.deepcopy(network), {}, {}
@@ -350,15 +352,15 @@ def test_unusual_networks(name: str, last: bool) -> None:
             assert_close(statistics[layer][1], plain_statistics[other][1], ROUNDING_OF_STATISTICS)
             assert_close(layer.running_mean, other.running_mean, ROUNDING_OF_STATISTICS)
         return
-    _compare_points(network, images, True)
-    _compare_intervals(network, box, collected(network, images))
-    _compare_collecting(network, images, box, 1)
+    assert_same_points(network, images, True)
+    assert_same_intervals(network, box, collected(network, images))
+    assert_same_collecting(network, images, box, 1)
 
 
 @pytest.mark.parametrize("options", [{"padding_mode": "reflect", "padding": 1}, {"padding": "same"}])
 def test_a_convolution_without_rule_has_points_and_no_bounds(options: dict[str, object]) -> None:
     network, images = unusual(lambda: [nn.Conv2d(2, 2, 3, **options), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten()])
-    _compare_points(network, images, True)
+    assert_same_points(network, images, True)
     with pytest.raises(UnsupportedLayerError, match="no interval rule for Conv2d with padding"):
         folded_interval(Fold().fixed(network.features), Interval(images, images))
 

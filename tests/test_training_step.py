@@ -67,7 +67,7 @@ REFERENCE_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def compare_with_reference(config: StudentConfig, index: int, name: str) -> None:
+def assert_it_is_the_reference(config: StudentConfig, index: int, name: str) -> None:
     actual, network = run(config, index, name=name)
     expected_network, batch = make_network(name), make_batch(index)
     schedule = EpsilonSchedule(config.epsilon_schedule, THREAT, NUM_STEPS)
@@ -92,13 +92,13 @@ def compare_with_reference(config: StudentConfig, index: int, name: str) -> None
 @pytest.mark.parametrize("index", [TINY_EPSILON, MID_EPSILON, FULL_EPSILON])
 @pytest.mark.parametrize("setting", REFERENCE_SETTINGS)
 def test_it_is_the_reference(setting: str, index: int) -> None:
-    compare_with_reference(make_config(**REFERENCE_SETTINGS[setting]), index, "cnn3")
+    assert_it_is_the_reference(make_config(**REFERENCE_SETTINGS[setting]), index, "cnn3")
 
 
 @pytest.mark.parametrize("name", ["cnn7", "resnet", "mlp"])
 def test_it_is_the_reference_for_other_networks(name: str) -> None:
     settings = {"l1": 1e-3, "attack": {"steps": 3, "step_size": 0.25, "kappa": 2.1}}
-    compare_with_reference(make_config(**settings), MID_EPSILON, name)
+    assert_it_is_the_reference(make_config(**settings), MID_EPSILON, name)
 
 
 def test_the_reference_s_clean_pass_moves_the_running_statistics_only() -> None:
