@@ -267,13 +267,43 @@ class StudentConfig(TrainConfig):
             raise ValueError(f"loss sabr has no form for norm {threat.norm}: its small box is one of l_inf; use linf")
 
 
-Rung = Literal["pgd", "ibp", "crown"]
+class EnsembleConfig(Config):
+    """The AutoAttack ensemble: APGD-CE, targeted APGD-DLR, targeted FAB, Square; the defaults are its standard ones."""
+
+    steps: int = Field(100, ge=1, description="gradient steps of APGD and FAB")
+    restarts: int = Field(1, ge=1, description="independent random starts of APGD-CE and of each target")
+    targets: int = Field(9, ge=1, description="classes with the highest logits that the targeted attacks aim at")
+    square_queries: int = Field(5000, ge=1, description="forward passes of Square for one image")
+
+
+class AlphaCrownConfig(Config):
+    """alpha-CROWN: the slopes of each specification improved by projected gradient steps."""
+
+    steps: int = Field(20, ge=1, description="gradient steps of the slopes")
+
+
+class BranchAndBoundConfig(Config):
+    """Branch and bound over the signs of ReLUs; an image that meets a limit stays undecided."""
+
+    timeout_s: float | None = Field(20.0, gt=0, description="seconds of work for one image; None: no limit")
+    total_timeout_s: float | None = Field(None, gt=0, description="seconds for the whole set; None: no limit")
+    max_branches: int | None = Field(None, ge=1, description="sub-problems of one image; None: no limit")
+    root_steps: int = Field(20, ge=1, description="gradient steps of the slopes before the first branch")
+    steps: int = Field(10, ge=1, description="gradient steps of slopes and beta in each sub-problem")
+    candidates: int = Field(6, ge=1, description="neurons whose branches are bounded before one is chosen")
+    round_size: int = Field(64, ge=1, description="sub-problems of one image that a round splits, at first")
+
+
+Rung = Literal["pgd", "ensemble", "ibp", "crown", "alpha_crown", "branch_and_bound"]
 
 
 class VerificationOptions(Config):
     """The ladder of a verification; each rung takes the images that are still open, in this order."""
 
     attack: AttackConfig = AttackConfig(steps=40, step_size=0.035)
+    ensemble: EnsembleConfig = EnsembleConfig()
+    alpha_crown: AlphaCrownConfig = AlphaCrownConfig()
+    branch_and_bound: BranchAndBoundConfig = BranchAndBoundConfig()
     rungs: tuple[Rung, ...] = Field(("pgd", "ibp", "crown"), description="after the clean prediction")
     batch_size: int = Field(256, ge=1, description="images at once; CROWN holds K - 1 specifications of each")
 
