@@ -6,16 +6,14 @@ a termination signal.
 
 import argparse
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from ccdist.command_line import BAD_INPUT, NOT_FINITE, OK, Terminated, chosen_device, refused, stopped, terminable
 from ccdist.data import Dataset, load_dataset, load_test_set
 from ccdist.host_memory import keep_freed_memory
 from ccdist.recipe import KIND, RecipeFile, load_recipe_file
@@ -24,32 +22,26 @@ from ccdist.train_run import Evaluation, Part, Run, claimed, finished_summary
 from ccdist.training import NonFiniteLossError
 from ccdist.yaml_files import find_file
 
-OK, BAD_INPUT, NOT_FINITE, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 DEFAULT_OUT = Path("runs") / "train"
-
-
-class _Terminated(BaseException):
-    """SIGTERM, unwound like Ctrl-C."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     keep_freed_memory()
     try:
-        with _terminable():
+        with terminable():
             return _train(args, Console())
     except ValueError as error:  # what ccdist raises for a mistake of its user
-        return _refused(error, BAD_INPUT)
+        return refused(error, BAD_INPUT)
     except NonFiniteLossError as error:
-        return _refused(error, NOT_FINITE)
-    except (KeyboardInterrupt, _Terminated) as stop:
-        print(f"stopped; go on with: {_command(args)}", file=sys.stderr)
-        return TERMINATED if isinstance(stop, _Terminated) else INTERRUPTED
+        return refused(error, NOT_FINITE)
+    except (KeyboardInterrupt, Terminated) as stop:
+        return stopped(stop, _command(args))
 
 
 def _train(args: argparse.Namespace, console: Console) -> int:
     recipe = load_recipe_file(find_file(args.recipe, kind=KIND, shipped="spaces/recipes"), args.set)
-    device = _device(args)
+    device = chosen_device(args.device, args.threads)
     part = _evaluated_part(recipe, args.test)
     folder = Path(args.out) if args.out else DEFAULT_OUT / recipe.name
     with claimed(folder, recipe), TrainProgress(console) as progress:
@@ -62,18 +54,6 @@ def _train(args: argparse.Namespace, console: Console) -> int:
             summary = run.finish()
     console.print(summary_line(summary), highlight=False, markup=False, soft_wrap=True)
     return OK
-
-
-def _device(args: argparse.Namespace) -> torch.device:
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads {args.threads}; expected at least 1")
-        torch.set_num_threads(args.threads)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch finds no GPU here; use --device cpu")
-    if args.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(args.device)
 
 
 def _evaluated_part(recipe: RecipeFile, test: bool) -> Part | None:
@@ -117,23 +97,6 @@ def summary_line(summary: dict[str, Any]) -> str:
         measured["verification_seconds"] for measured in (student, summary["teacher"]) if measured is not None
     )
     return f"{summary['name']}: {measured}  {duration(total)}, {summary['images_per_second']:.0f} images/s"
-
-
-def _refused(error: ValueError | ArithmeticError, code: int) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return code
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    def stop(*_: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -7,7 +7,6 @@ In the folder: `recipe.yaml`, what is trained; `teacher/` and `student/`, the ne
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
@@ -23,13 +22,15 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from ccdist import checkpoint, locks
+from ccdist import checkpoint
+from ccdist.atomic_files import differing_keys, write_table, write_text
 from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.config import VerificationOptions, VerifyConfig, fingerprint
 from ccdist.data import Dataset, ImageSet, to_pixels
 from ccdist.networks import Network
 from ccdist.provenance import source_commit
 from ccdist.recipe import RecipeFile, load_recipe_file
+from ccdist.run_folders import RunFolderError, check_described, held
 from ccdist.training import EpochReport, TrainingResult, train_student, train_teacher
 from ccdist.verification import accuracies, quick_accuracies, verify
 
@@ -40,10 +41,6 @@ Part = Literal["validation", "test"]
 PROBE_IMAGES = 512
 # How a teacher is measured: by what an attack leaves; it has hardly anything that bounds could prove.
 TEACHER_LADDER = VerificationOptions(rungs=("pgd",))
-
-
-class RunFolderError(ValueError):
-    """A folder cannot be used for this training."""
 
 
 @runtime_checkable
@@ -104,12 +101,7 @@ def claimed(folder: Path, recipe: RecipeFile) -> Iterator[None]:
         RunFolderError: it cannot be written, or belongs to something else.
         LockedError: another process works there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "lock").touch()
-    except OSError as error:
-        raise RunFolderError(f"{folder} cannot be written ({error.strerror}); choose another with --out DIR") from error
-    with locks.exclusive(folder / "lock", wait=False):
+    with held(folder):
         _check_owner(folder, recipe)
         for leftover in [*folder.glob(".teacher.*"), *folder.glob(".student.*")]:  # of a kill in mid-write
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -120,25 +112,19 @@ def claimed(folder: Path, recipe: RecipeFile) -> Iterator[None]:
 
 def _check_owner(folder: Path, recipe: RecipeFile) -> None:
     file = folder / "recipe.yaml"
+    check_described(folder, file.name)
     if not file.exists():
-        others = [path.name for path in folder.iterdir() if path.name != "lock" and not path.name.startswith(".")]
-        if others:
-            raise RunFolderError(
-                f"{folder} holds {min(others)} but no recipe.yaml; choose another folder with --out DIR"
-            )
         return
-    there, asked = _leaves(load_recipe_file(file).tree()), _leaves(recipe.tree())
-    keys = [key for key in dict.fromkeys([*there, *asked]) if there.get(key) != asked.get(key)]
-    different = next((key for key in keys if not _is_free(key)), None)
-    if different is not None:
-        raise RunFolderError(
-            f"{folder} holds another training: there {different} is {there.get(different)}, now it is "
-            f"{asked.get(different)}; choose another folder with --out DIR, or delete that one"
-        )
+    for key, there, asked in differing_keys(load_recipe_file(file).tree(), recipe.tree()):
+        if not _is_free(key):
+            raise RunFolderError(
+                f"{folder} holds another training: there {key} is {there}, now it is {asked}; "
+                "choose another folder with --out DIR, or delete that one"
+            )
 
 
 def _write_recipe(folder: Path, recipe: RecipeFile) -> None:
-    _write(folder / "recipe.yaml", yaml.safe_dump(recipe.tree(), sort_keys=False))
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.tree(), sort_keys=False))
 
 
 def _is_free(key: str) -> bool:
@@ -148,13 +134,6 @@ def _is_free(key: str) -> bool:
     memory after days of training is asked for again in smaller batches.
     """
     return key == "data.path" or key.partition(".")[0] == "verification"
-
-
-def _leaves(node: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(node, dict):
-        return {path: node}
-    inner = [_leaves(value, f"{path}.{key}" if path else str(key)) for key, value in node.items()]
-    return {key: value for leaves in inner for key, value in leaves.items()}
 
 
 def finished_summary(folder: Path, recipe: RecipeFile, part: Part | None) -> dict[str, Any] | None:
@@ -202,7 +181,7 @@ class Curves:
 
     def _write(self) -> None:
         rows = sorted(self._rows.values(), key=lambda row: (row["phase"] != "teacher", row["epoch"]))
-        _write(self.path, "".join(f"{json.dumps(row)}\n" for row in rows))
+        write_text(self.path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 @dataclass
@@ -256,7 +235,7 @@ class Run:
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
         }
-        _write(self.folder / "summary.json", json.dumps(summary, indent=1))
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=1))
         return summary
 
     def _teacher(self) -> _Trained:
@@ -374,9 +353,7 @@ class Run:
         )
         made = {**about, "seconds": time.perf_counter() - started, "commit": self._commit}
         table = table.replace_schema_metadata({"run": json.dumps(made)})
-        unfinished = path.with_suffix(".unfinished")
-        pq.write_table(table, unfinished, compression="zstd")
-        os.replace(unfinished, path)
+        write_table(path, table)
         return table, made
 
 
@@ -386,13 +363,3 @@ def _read_verdicts(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         return table, dict(json.loads(table.schema.metadata[b"run"]))
     except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own errors are among them
         raise RunFolderError(f"{path} is damaged ({error}); delete it to make it again") from error
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file so that it holds either all of the text or what it held before."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)

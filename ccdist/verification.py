@@ -1,82 +1,43 @@
-"""The verification ladder: clean prediction, PGD, IBP, CROWN. Three verdicts, one row for each image.
+"""The verification ladder: clean prediction, attacks, bounds, branch and bound. One row for each image.
 
-Each rung takes only the images that are still open, all of them as batches. Certified means proved with a
-margin above a rounding allowance; falsified means that a plain forward pass misclassifies a point of the region;
-anything else is undecided, and counts as not certified.
+Each rung takes only the images that are still open, all of them as batches. What the verdicts mean stands in
+`ccdist.verdicts`, what the rungs do in `ccdist.rungs`.
 """
 
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ccdist.attacks import worst_points
-from ccdist.bounds import (
-    difference_weights,
-    interval_bounds,
-    logit_difference_lower_bounds,
-    logit_differences,
-)
+from ccdist.bounds import logit_difference_lower_bounds
+from ccdist.branch_and_bound import Counts, Outcome, branch_and_bound
 from ccdist.config import ThreatModel, VerifyConfig
-from ccdist.linear_bounds import crown_lower_bounds
 from ccdist.networks import Network
 from ccdist.precision import exact_float32
-from ccdist.threats import Region, contains, perturbation_set
+from ccdist.rungs import RUNGS, Chunk, Verified
+from ccdist.threats import perturbation_set
+from ccdist.verdict_store import LadderState, Position, identity_of
+from ccdist.verdicts import SCHEMA as SCHEMA
+from ccdist.verdicts import Accuracies as Accuracies
+from ccdist.verdicts import CounterExample, Finding, Rows
+from ccdist.verdicts import Progress as Progress
+from ccdist.verdicts import Verdict as Verdict
+from ccdist.verdicts import accuracies as accuracies
 
-# A float32 bound is trusted when its margin exceeds this share of the sum of the absolute terms that make it up.
-# float32 rounds each operation by 6e-8 of its size; sums of some 10^4 terms stay well inside a hundred times that.
-ROUNDING_ALLOWANCE = 1e-5
+BRANCH_AND_BOUND = "branch_and_bound"
+# Between two states of a rung at least, so that writing them costs next to nothing.
+SAVE_INTERVAL_S = 2.0
 
-SCHEMA = pa.schema(
-    [
-        ("index", pa.int32()),
-        ("label", pa.int16()),
-        ("prediction", pa.int16()),
-        ("verdict", pa.string()),
-        ("method", pa.string()),  # the rung that decided; "" while undecided
-        ("lower_bound", pa.float32()),  # best proved lower bound of the margin, in logits; null without one
-        ("seconds", pa.float32()),  # this image's share of the rungs it went through
-        ("branches", pa.int32()),
-    ]
-)
-
-
-class Verdict(StrEnum):
-    CERTIFIED = "certified"
-    FALSIFIED = "falsified"
-    UNDECIDED = "undecided"
-
-
-@dataclass(frozen=True)
-class Accuracies:
-    """Fractions of N images. certified <= certified_upper <= adversarial <= standard for each image."""
-
-    standard: float
-    adversarial: float
-    certified: float  # proved / N
-    certified_upper: float  # (N - falsified) / N
-    num_images: int
-
-
-@dataclass
-class _Open:
-    """The rows while the ladder runs, as tensors on the network's device."""
-
-    verdict: list[Verdict]
-    method: list[str]
-    lower_bound: list[float | None]
-    seconds: Tensor
-    remaining: Tensor  # indices of undecided images, ascending
-
-    def decide(self, indices: Tensor, decided: Tensor, verdict: Verdict, method: str) -> None:
-        for index in indices[decided].tolist():
-            self.verdict[index], self.method[index] = verdict, method
+OnRung = Callable[[str, int], None]
+OnProgress = Callable[[Progress], None]
+OnCounterExample = Callable[[int, str, Tensor], None]
+OnRows = Callable[[pa.Table], None]
 
 
 def verify(
@@ -85,171 +46,271 @@ def verify(
     labels: Int[Tensor, " N"],
     config: VerifyConfig,
     *,
-    on_rung: Callable[[str, int], None] | None = None,
+    on_rung: OnRung | None = None,
+    on_progress: OnProgress | None = None,
+    on_counterexample: OnCounterExample | None = None,
+    on_rows: OnRows | None = None,
+    state: Path | None = None,
 ) -> pa.Table:
     """Decide for each image whether every perturbed image that the threat allows keeps the label.
+
+    A batch that memory does not suffice for is halved; an image for which it does not suffice alone stays open. What
+    was told before a kill is told again by the call that goes on: finished rungs, counter-examples, decided rows.
 
     Args:
         network: as deployed; read in eval mode, on any device.
         images: pixels in [0, 1].
-        config: threat, rungs, attack.
+        config: threat, rungs and their limits.
         on_rung: called after each rung with its name and the number of images still open.
+        on_progress: called when a rung begins, after each batch, each round of branch and bound, and when it ends.
+        on_counterexample: called with index, method and point of each image that is falsified by another than itself.
+        on_rows: called now and then with the rows decided since the last call, after they are in the state.
+        state: a folder from which a killed call goes on; a finished one stays, and answers at once.
 
     Returns:
         A table of `SCHEMA` with one row for each image, in order. A misclassified clean image is falsified by
         "clean". `branches` counts branch and bound nodes.
 
     Raises:
-        ValueError: images and labels differ in number, or the network is in train mode.
+        ValueError: images and labels differ in number, the network is in train mode, or the state is damaged or
+            about another network, other images or another config.
         UnsupportedLayerError: a bound rung meets a layer without a rule (for l2: see `ccdist.bounds.propagate`).
     """
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images and {len(labels)} labels; expected as many labels as images")
     if any(module.training for module in network.modules()):
         raise ValueError("the network is in train mode; call .eval() on it, a verdict is about the deployed network")
+    saved = None if state is None else LadderState(state, identity_of(network, images, labels, config))
+    position, found = (None if saved is None else saved.load()) or (Position(Rows.undecided(labels.tolist())), [])
     device = next(network.parameters()).device
-    images, labels = images.to(device), labels.to(device)
-    count = len(labels)
-    rows = _Open([Verdict.UNDECIDED] * count, [""] * count, [None] * count, torch.zeros(count), torch.arange(count))
+    listeners = _Listeners(on_rung, on_progress, on_counterexample, on_rows)
+    verified = Verified(network, tuple(images.shape[1:]))
+    ladder = _Ladder(verified, images.to(device), labels.to(device), config, position, saved, listeners)
     with exact_float32(), torch.no_grad():
-        predictions = _clean(network, images, labels, config, rows)
-        for rung in ("clean", *config.rungs):
-            if rung != "clean":
-                _run_rung(rung, network, images, labels, config, rows)
-            if on_rung is not None:
-                on_rung(rung, len(rows.remaining))
-    columns = [
-        list(range(count)),
-        labels.tolist(),
-        predictions.tolist(),
-        [str(verdict) for verdict in rows.verdict],
-        rows.method,
-        rows.lower_bound,
-        rows.seconds.tolist(),
-        [0] * count,
-    ]
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], SCHEMA)
+        ladder.climb(found)
+    return position.rows.table()
 
 
-def _clean(network: Network, images: Tensor, labels: Tensor, config: VerifyConfig, rows: _Open) -> Tensor:
-    predictions = []
-    for chunk in _chunks(rows, config):
-        started = time.perf_counter()
-        logits = network(images[chunk])
-        predictions.append(logits.argmax(1).cpu())
-        # A tie is no classification, nor is NaN: the margin decides, as it does for attacks.
-        wrong = ~(logit_differences(logits, labels[chunk]).amin(1) > 0).cpu()
-        rows.decide(chunk, wrong, Verdict.FALSIFIED, "clean")
-        rows.seconds[chunk] += (time.perf_counter() - started) / len(chunk)
-    _drop_decided(rows)
-    return torch.cat(predictions) if predictions else torch.zeros(0, dtype=torch.long)
+@dataclass(frozen=True)
+class _Listeners:
+    on_rung: OnRung | None
+    on_progress: OnProgress | None
+    on_counterexample: OnCounterExample | None
+    on_rows: OnRows | None
+
+    def rung(self, done: Progress) -> None:
+        if self.on_rung is not None:
+            self.on_rung(done.rung, done.open)
+
+    def progress(self, progress: Progress) -> None:
+        if self.on_progress is not None:
+            self.on_progress(progress)
+
+    def counterexample(self, found: CounterExample) -> None:
+        if self.on_counterexample is not None:
+            self.on_counterexample(found.index, found.method, found.point)
+
+    def rows(self, rows: pa.Table) -> None:
+        if self.on_rows is not None and rows.num_rows:
+            self.on_rows(rows)
 
 
-def _chunks(rows: _Open, config: VerifyConfig) -> list[Tensor]:
-    """The open images in batches; none when nothing is open, where split() gives one empty batch."""
-    return [chunk for chunk in rows.remaining.split(config.batch_size) if len(chunk)]
+@dataclass
+class _Ladder:
+    """A verification while it runs. Whatever it does twice after a kill gives the same rows."""
 
+    verified: Verified
+    images: Tensor
+    labels: Tensor
+    config: VerifyConfig
+    position: Position
+    state: LadderState | None
+    listeners: _Listeners
+    found: list[CounterExample] = field(default_factory=list)  # since the last save
+    told: set[int] = field(default_factory=set)  # indices of the rows that on_rows has had
+    saved_at: float = field(default_factory=time.monotonic)
 
-def _drop_decided(rows: _Open) -> None:
-    rows.remaining = torch.tensor(
-        [index for index in rows.remaining.tolist() if rows.verdict[index] is Verdict.UNDECIDED],
-        dtype=torch.long,
-    )
+    def climb(self, found_before: Sequence[CounterExample]) -> None:
+        """Run the rungs that are not finished yet."""
+        for each in found_before:
+            self.listeners.counterexample(each)
+        self._tell_rows()
+        finished = len(self.position.finished)
+        if BRANCH_AND_BOUND in self.config.rungs[max(0, finished - 1) :]:
+            self._branch([])  # of no images: what it has no rule for is refused before hours of other rungs
+        for done in self.position.finished:
+            self.listeners.progress(done)
+            self.listeners.rung(done)
+        for rung in ("clean", *self.config.rungs)[finished:]:
+            self._climb(rung)
 
-
-def _run_rung(
-    rung: str,
-    network: Network,
-    images: Tensor,
-    labels: Tensor,
-    config: VerifyConfig,
-    rows: _Open,
-) -> None:
-    for chunk in _chunks(rows, config):
-        started = time.perf_counter()
-        region = perturbation_set(images[chunk], config.threat.norm, config.threat.radius)
-        if rung == "pgd":
-            _falsify(network, images[chunk], labels[chunk], region, config, rows, chunk)
+    def _climb(self, rung: str) -> None:
+        position = self.position
+        if position.ahead is None:
+            position.ahead = position.rows.open()
+            position.entered, position.seconds = len(position.ahead), 0.0
+        self.listeners.progress(self._progress(rung, position.entered - len(position.ahead)))
+        if rung == BRANCH_AND_BOUND:
+            self._branch_and_bound()
         else:
-            _certify(rung, network, labels[chunk], region, rows, chunk)
-        rows.seconds[chunk] += (time.perf_counter() - started) / len(chunk)
-    _drop_decided(rows)
+            self._in_chunks(rung)
+        done = self._progress(rung, position.entered)
+        position.finished.append(done)
+        position.ahead = None
+        self._save()
+        if self.state is not None:
+            self.state.forget_branch_and_bound()
+        self.listeners.progress(done)
+        self.listeners.rung(done)
+
+    def _in_chunks(self, rung: str) -> None:
+        size = self.config.batch_size
+        while self.position.ahead:
+            indices = self.position.ahead[:size]
+            started = time.perf_counter()
+            sufficed = self._attempt(rung, indices)
+            seconds = time.perf_counter() - started
+            self.position.seconds += seconds
+            if not sufficed and len(indices) > 1:
+                size = len(indices) // 2
+                continue
+            for index in indices:
+                self.position.rows.seconds[index] += seconds / len(indices)
+            self.position.ahead = self.position.ahead[len(indices) :]
+            self.listeners.progress(self._progress(rung, self.position.entered - len(self.position.ahead)))
+            self._save_now_and_then()
+
+    def _attempt(self, rung: str, indices: list[int]) -> bool:
+        """Run a rung on some images; False, and nothing changed, when memory does not suffice."""
+        try:
+            chunk = self._chunk(indices)
+            self._take(indices, _shown(chunk, RUNGS[rung](chunk)))
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        else:
+            return True
+        # Outside of the handler: the error held on to the tensors that were too many.
+        if self.images.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
+
+    def _branch_and_bound(self) -> None:
+        """All images that entered in one call, which batches them itself, and has a state of its own."""
+        position, entered = self.position, list(self.position.ahead or ())
+        if not entered:
+            return
+        handled = {place for place, index in enumerate(entered) if not position.rows.is_open(index)}
+        before, started = position.seconds, time.perf_counter()
+
+        def decide(outcomes: Sequence[Outcome], *, last: bool) -> None:
+            for outcome in outcomes:
+                index = entered[outcome.position]
+                if not position.rows.is_open(index):
+                    continue
+                self._take([index], _shown(self._chunk([index]), [_finding(outcome)]))
+                if last or not position.rows.is_open(index):  # once for each image
+                    position.rows.seconds[index] += outcome.seconds
+
+        def on_round(counts: Counts, outcomes: list[Outcome]) -> None:
+            decide(outcomes, last=False)
+            handled.update(outcome.position for outcome in outcomes)
+            position.seconds = before + time.perf_counter() - started
+            self.listeners.progress(self._progress(BRANCH_AND_BOUND, len(handled)))
+            self._save_now_and_then()
+
+        try:
+            outcomes = self._branch(
+                entered, state=None if self.state is None else self.state.branch_and_bound, on_round=on_round
+            )
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            outcomes = []  # what was decided is, the others stay open
+        decide(outcomes, last=True)
+        position.seconds = before + time.perf_counter() - started
+
+    def _branch(self, indices: list[int], **options: Any) -> list[Outcome]:
+        return branch_and_bound(
+            self.verified.network,
+            self.images[indices],
+            self.labels[indices],
+            threat=self.config.threat,
+            config=self.config.branch_and_bound,
+            **options,
+        )
+
+    def _chunk(self, indices: list[int]) -> Chunk:
+        return Chunk(self.verified, self.images[indices], self.labels[indices], self.config, indices[0])
+
+    def _take(self, indices: list[int], findings: Sequence[Finding]) -> None:
+        """Put findings into the rows that are open."""
+        rows = self.position.rows
+        for index, finding in zip(indices, findings, strict=True):
+            if not rows.is_open(index):
+                continue
+            if finding.point is not None:  # told before its row is decided: a kill between the two loses nothing
+                example = CounterExample(index, finding.method, finding.point)
+                self.found.append(example)
+                self.listeners.counterexample(example)
+            rows.add(index, finding)
+
+    def _progress(self, rung: str, handled: int) -> Progress:
+        rows, position = self.position.rows, self.position
+        proved, falsified = rows.count(Verdict.CERTIFIED), rows.count(Verdict.FALSIFIED)
+        left = len(rows) - proved - falsified
+        return Progress(rung, proved, falsified, left, position.entered, handled, position.seconds)
+
+    def _save_now_and_then(self) -> None:
+        if time.monotonic() - self.saved_at >= SAVE_INTERVAL_S:
+            self._save()
+
+    def _save(self) -> None:
+        if self.state is not None:
+            self.state.save(self.position, self.found)
+        self.found = []
+        self._tell_rows()
+        self.saved_at = time.monotonic()
+
+    def _tell_rows(self) -> None:
+        rows = self.position.rows
+        fresh = [index for index in range(len(rows)) if not rows.is_open(index) and index not in self.told]
+        self.told.update(fresh)
+        if fresh and self.listeners.on_rows is not None:
+            self.listeners.rows(rows.table().take(fresh))
 
 
-def _falsify(
-    network: Network,
-    images: Tensor,
-    labels: Tensor,
-    region: Region,
-    config: VerifyConfig,
-    rows: _Open,
-    chunk: Tensor,
-) -> None:
-    # One stream for each chunk: with one for all, the restarts of a chunk would move the next one's starts.
-    generator = torch.Generator(images.device).manual_seed((config.seed * 2**31 + int(chunk[0])) % 2**63)
-    points, _ = worst_points(
-        network,
-        images,
-        labels,
-        region=region,
-        steps=config.attack.steps,
-        step_size=config.attack.step_size,
-        restarts=config.attack.restarts,
-        generator=generator,
-    )
-    # Shown, not believed: the point lies in the region and a plain forward pass misclassifies it.
-    inside = contains(region, points)
-    margins = logit_differences(network(points), labels).amin(1)
-    rows.decide(chunk, (inside & (margins <= 0)).cpu(), Verdict.FALSIFIED, "pgd")
+def _shown(chunk: Chunk, findings: list[Finding]) -> list[Finding]:
+    """The findings of a chunk, without the points that are no counter-examples after all."""
+    positions = [position for position, finding in enumerate(findings) if finding.point is not None]
+    if not positions:
+        return findings
+    points = torch.stack([point for finding in findings if (point := finding.point) is not None])
+    points = points.detach().to(chunk.images)
+    some = replace(chunk, images=chunk.images[positions], labels=chunk.labels[positions])
+    for position, point, holds in zip(positions, points, some.confirmed(points), strict=True):
+        finding = findings[position]
+        kept = replace(finding, point=point.cpu()) if holds else Finding(prediction=finding.prediction)
+        findings[position] = replace(kept, lower_bound=finding.lower_bound, branches=finding.branches)
+    return findings
 
 
-def _certify(rung: str, network: Network, labels: Tensor, region: Region, rows: _Open, chunk: Tensor) -> None:
-    bound = logit_difference_lower_bounds if rung == "ibp" else crown_lower_bounds
-    lower = bound(network, region, labels)
-    scale = _summed_magnitude(network, labels, region)
-    margins = lower.amin(1)
-    rows.decide(chunk, (margins > ROUNDING_ALLOWANCE * scale).cpu(), Verdict.CERTIFIED, rung)
-    for index, margin in zip(chunk.tolist(), margins.tolist(), strict=True):
-        previous = rows.lower_bound[index]
-        if math.isfinite(margin):
-            rows.lower_bound[index] = margin if previous is None else max(previous, margin)
+def _finding(outcome: Outcome) -> Finding:
+    common = Finding(lower_bound=outcome.lower_bound, branches=outcome.branches)
+    if outcome.certified:
+        return replace(common, verdict=Verdict.CERTIFIED, method=BRANCH_AND_BOUND)
+    if outcome.falsified and outcome.counterexample is not None:
+        point = outcome.counterexample
+        return replace(common, verdict=Verdict.FALSIFIED, method=BRANCH_AND_BOUND, point=point)
+    return common
 
 
-def _summed_magnitude(network: Network, labels: Tensor, region: Region) -> Tensor:
-    """Largest sum of the absolute terms in a logit difference over the region; what its rounding is relative to.
-
-    Not the difference itself: large features may cancel in the head, their rounding does not.
-    """
-    features = interval_bounds(network.features, region)
-    weight, offset = difference_weights(network.head, labels)
-    largest = torch.maximum(features.lower.abs(), features.upper.abs())
-    sums = torch.einsum("bjd,bd->bj", weight.abs(), largest) + offset.abs()
-    return sums.amax(1)
-
-
-def accuracies(table: pa.Table) -> Accuracies:
-    """Standard, adversarial and certified accuracy of a table of verdicts.
-
-        standard = 1 - #(falsified by clean) / N,   adversarial = 1 - #(falsified by clean or an attack) / N
-        certified in [#certified / N, 1 - #falsified / N]
-
-    Raises:
-        ValueError: the table has no rows.
-    """
-    count = table.num_rows
-    if count == 0:
-        raise ValueError("no images were verified; accuracies of an empty table are not defined")
-    verdicts, methods = table["verdict"].to_pylist(), table["method"].to_pylist()
-    falsified = [method for verdict, method in zip(verdicts, methods, strict=True) if verdict == Verdict.FALSIFIED]
-    clean = falsified.count("clean")
-    # Counts are subtracted before the division: 1 - 10/24 is less than 14/24, which would turn the order around.
-    return Accuracies(
-        standard=(count - clean) / count,
-        adversarial=(count - clean - falsified.count("pgd")) / count,
-        certified=verdicts.count(Verdict.CERTIFIED) / count,
-        certified_upper=(count - len(falsified)) / count,
-        num_images=count,
-    )
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a GPU, of PyTorch's own allocator on the CPU, or of Python."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    told = str(error)
+    return any(words in told for words in ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED"))
 
 
 def quick_accuracies(

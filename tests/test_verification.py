@@ -1,7 +1,12 @@
 """The ladder: a network whose margins are known by hand, the order of the accuracies, shown counter-examples."""
 
+import contextlib
 import itertools
 import math
+import random
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import oracles
@@ -13,15 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ccdist import rungs as rungs_module
 from ccdist import verification
-from ccdist.attacks import worst_points
+from ccdist.bounds import UnsupportedLayerError
+from ccdist.branch_and_bound import Counts, Outcome
 from ccdist.config import AttackConfig, ThreatModel, VerifyConfig
 from ccdist.interval import epsilon_box
 from ccdist.networks import Network
-from ccdist.verification import SCHEMA, Accuracies, Verdict, accuracies, exact_float32, quick_accuracies, verify
+from ccdist.precision import exact_float32
+from ccdist.rungs import Chunk
+from ccdist.verdicts import Finding
+from ccdist.verification import SCHEMA, Accuracies, Progress, Verdict, accuracies, quick_accuracies, verify
 
-# float32 bounds of values of order 1.
-ROUNDING = 1e-6
+# Bounds of values of order 1 in float32, less the allowance for rounding.
+ROUNDING = 1e-5
 
 
 def config(**changes: Any) -> VerifyConfig:
@@ -152,30 +162,31 @@ def test_certified_images_survive_a_dense_grid_and_the_bounds_hold(seed: int, ep
             assert row["lower_bound"] <= least + ROUNDING * (1 + abs(least))
 
 
-@given(seed=st.integers(0, 10_000), restarts=st.integers(1, 2))
-def test_falsified_images_have_a_counter_example(seed: int, restarts: int) -> None:
-    """The attack's points are caught on their way: a plain forward pass errs at them, inside the box."""
+@given(seed=st.integers(0, 10_000), rungs=st.sampled_from([("pgd",), ("ensemble",), ("ibp", "ensemble", "pgd")]))
+def test_falsified_images_have_a_counter_example(seed: int, rungs: tuple[str, ...]) -> None:
+    """A plain forward pass errs at it, inside the region; clean images are their own."""
     network, images, labels = random_case(seed)
-    caught: list[Tensor] = []
-
-    def spy(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        found = worst_points(*args, **kwargs)
-        caught.append(found[0])
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "worst_points", spy)
-        attack = {"steps": 3, "step_size": 0.7, "restarts": restarts}
-        rows = verify(network, images, labels, config(attack=attack)).to_pylist()
-    predicted = network(images).argmax(1).tolist()
+    points: dict[int, tuple[str, Tensor]] = {}
+    attack = {"steps": 3, "step_size": 0.7, "restarts": 2}
+    settings = config(attack=attack, ensemble={"steps": 5, "targets": 2, "square_queries": 5}, rungs=rungs)
+    table = verify(
+        network,
+        images,
+        labels,
+        settings,
+        on_counterexample=lambda index, method, point: points.setdefault(index, (method, point)) and None,
+    )
+    rows, predicted = table.to_pylist(), network(images).argmax(1).tolist()
     assert [row["prediction"] for row in rows] == predicted
     wrong = [row["index"] for row in rows if row["method"] == "clean"]
     assert wrong == [index for index in range(len(images)) if predicted[index] != labels[index]]
-    attacked = [index for index in range(len(images)) if index not in wrong]
-    for index, point in zip(attacked, caught[0], strict=True):
-        fooled = int(network(point[None]).argmax()) != labels[index]
-        assert (rows[index]["method"] == "pgd") == fooled
-        assert float((point - images[index]).abs().max()) <= 0.1 + ROUNDING
+    shown = {row["index"]: row["method"] for row in rows if row["verdict"] == "falsified" and row["method"] != "clean"}
+    assert {index: method for index, (method, _) in points.items()} == shown
+    assert set(shown.values()) <= {"pgd", "apgd_ce", "apgd_dlr", "fab", "square"}
+    for index, (_, point) in points.items():
+        assert int(network(point[None]).argmax()) != labels[index]
+        distance = (point.double() - images[index].double()).abs().max()
+        assert Fraction(float(distance)) <= settings.threat.epsilon
         assert 0 <= float(point.min()) <= float(point.max()) <= 1
 
 
@@ -278,10 +289,11 @@ def test_accuracies_of_a_written_table() -> None:
         ("falsified", "pgd"),
         ("falsified", "clean"),
     ]
-    rows += [("falsified", "bab"), ("undecided", ""), ("undecided", "")]
+    rows += [("falsified", "branch_and_bound"), ("undecided", ""), ("undecided", "")]
+    rows += [("falsified", member) for member in ("apgd_ce", "apgd_dlr", "fab", "square")]
     table = pa.table({"verdict": [verdict for verdict, _ in rows], "method": [method for _, method in rows]})
     # a counter-example of branch and bound counts against the certified upper end only
-    assert accuracies(table) == Accuracies(7 / 8, 6 / 8, 2 / 8, 5 / 8, 8)
+    assert accuracies(table) == Accuracies(11 / 12, 6 / 12, 2 / 12, 5 / 12, 12)
 
 
 @pytest.mark.parametrize("certified", range(25))
@@ -291,6 +303,330 @@ def test_the_order_survives_the_division(certified: int) -> None:
     methods = ["ibp"] * certified + ["clean"] * (24 - certified)
     result = accuracies(pa.table({"verdict": verdicts, "method": methods}))
     assert result.certified == result.certified_upper == result.adversarial == result.standard
+
+
+# ---- the ladder itself, on rungs that decide as told ----------------------------------------------------------------
+
+
+def certifying(name: str, which: Callable[[int], bool], bound: float = 1.0) -> Callable[[Chunk], list[Finding]]:
+    """A rung that certifies the images whose first pixel, in hundredths, is as wanted."""
+
+    def rung(chunk: Chunk) -> list[Finding]:
+        numbers = (chunk.images[:, 0, 0, 0] * 100).round().int().tolist()
+        proved = Finding(Verdict.CERTIFIED, name, lower_bound=bound)
+        return [proved if which(number) else Finding(lower_bound=-bound) for number in numbers]
+
+    return rung
+
+
+def numbered_images(count: int) -> tuple[Tensor, Tensor]:
+    """Image n has n hundredths as its first pixel; `hand_network` says 1 from 50 downwards."""
+    images = torch.full((count, 1, 1, 2), 0.5)
+    images[:, 0, 0, 0] = torch.arange(count) / 100
+    return images, torch.ones(count, dtype=torch.long)
+
+
+@pytest.fixture
+def rungs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[Chunk], list[Finding]]]:
+    """The table of rungs, to put fakes into."""
+    table = dict(verification.RUNGS)
+    monkeypatch.setattr(verification, "RUNGS", table)
+    return table
+
+
+def test_each_rung_takes_what_is_open_and_the_counts_are_exact(rungs: dict[str, Any]) -> None:
+    rungs["ibp"] = certifying("ibp", lambda n: n % 3 == 0, bound=2.0)
+    rungs["crown"] = certifying("crown", lambda n: n % 3 < 2)
+    images, labels = numbered_images(20)
+    told: list[Progress] = []
+    settings = config(rungs=("ibp", "crown"), batch_size=6)
+    table = verify(hand_network(), images, labels, settings, on_progress=told.append)
+    methods = ["ibp" if n % 3 == 0 else "crown" if n % 3 == 1 else "" for n in range(20)]
+    assert table["method"].to_pylist() == methods
+    assert table["lower_bound"].to_pylist() == [{"ibp": 2.0, "crown": 1.0, "": -1.0}[method] for method in methods]
+    assert all(each.proved + each.falsified + each.open == 20 for each in told)
+    counts = [(each.rung, each.entered, each.handled, each.proved, each.open) for each in told]
+    # 7 of 20 images are multiples of 3, 7 leave 1: a rung begins, its batches, it ends
+    clean = [("clean", 20, handled, 0, 20) for handled in (0, 6, 12, 18, 20, 20)]
+    ibp = [("ibp", 20, handled, proved, 20 - proved) for handled, proved in ((0, 0), (6, 2), (12, 4), (18, 6))]
+    ibp += [("ibp", 20, 20, 7, 13)] * 2
+    crown = [("crown", 13, handled, proved, 20 - proved) for handled, proved in ((0, 7), (6, 10), (12, 13))]
+    crown += [("crown", 13, 13, 14, 6)] * 2
+    assert counts == clean + ibp + crown
+
+
+def test_a_bound_is_never_forgotten(rungs: dict[str, Any]) -> None:
+    rungs["ibp"] = certifying("ibp", lambda n: False, bound=0.5)
+    rungs["crown"] = certifying("crown", lambda n: False, bound=2.0)
+    images, labels = numbered_images(3)
+    table = verify(hand_network(), images, labels, config(rungs=("ibp", "crown")))
+    assert table["lower_bound"].to_pylist() == [-0.5] * 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_bound_that_is_not_finite_certifies_nothing(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even beside good ones."""
+
+    def bounds(rung: str, proof: Any, region: Any, labels: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
+        lower = torch.ones(len(labels), 2)
+        lower[:, 1] = value
+        return lower, torch.zeros_like(lower)
+
+    monkeypatch.setattr(rungs_module, "proved_bounds", bounds)
+    table = verify(hand_network(), HAND_IMAGES, HAND_LABELS, config(rungs=("ibp", "alpha_crown")))
+    assert set(table["verdict"].to_pylist()[1:]) == {"undecided"}
+    assert all(bound is None or math.isfinite(bound) for bound in table["lower_bound"].to_pylist())
+
+
+def test_a_point_that_shows_nothing_falsifies_nothing(rungs: dict[str, Any]) -> None:
+    """Outside of the region, or classified as it should be."""
+
+    def rung(chunk: Chunk) -> list[Finding]:
+        far, same = 1 - chunk.images, chunk.images.clone()
+        points = [far[0], same[1], chunk.images[2] + torch.tensor([0.1001, 0.0])]
+        return [Finding(Verdict.FALSIFIED, "pgd", point=point) for point in points]
+
+    rungs["pgd"] = rung
+    told: list[int] = []
+    images, labels = torch.tensor([0.1, 0.2, 0.45]).view(-1, 1, 1, 1).repeat(1, 1, 1, 2), torch.ones(3).long()
+    settings = config(rungs=("pgd",))
+    verify(hand_network(), images, labels, settings, on_counterexample=lambda index, *_: told.append(index))
+    assert told == []
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: no"), MemoryError()]
+)
+def test_a_batch_that_does_not_fit_is_halved_and_one_image_is_given_up(error: Exception, rungs: dict[str, Any]) -> None:
+    sizes: list[int] = []
+
+    def hungry(chunk: Chunk) -> list[Finding]:
+        sizes.append(len(chunk.images))
+        found = certifying("ibp", lambda n: True)(chunk)
+        if len(found) > 2 or 7 in (chunk.images[:, 0, 0, 0] * 100).round():
+            raise error
+        return found
+
+    rungs["ibp"] = hungry
+    images, labels = numbered_images(12)
+    table = verify(hand_network(), images, labels, config(rungs=("ibp",), batch_size=8))
+    assert [n for n, method in enumerate(table["method"].to_pylist()) if method != "ibp"] == [7]
+    assert sizes == [8, 4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1]  # once halved, the batches of a rung stay small
+
+
+def test_another_error_is_no_lack_of_memory(rungs: dict[str, Any]) -> None:
+    def broken(chunk: Chunk) -> list[Finding]:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    rungs["ibp"] = broken
+    with pytest.raises(RuntimeError, match="shapes"):
+        verify(hand_network(), *numbered_images(2), config(rungs=("ibp",)))
+
+
+def test_rows_are_told_once_each(rungs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "SAVE_INTERVAL_S", 0)
+    rungs["ibp"] = certifying("ibp", lambda n: n % 2 == 0)
+    told: list[pa.Table] = []
+    settings = config(rungs=("ibp",), batch_size=4)
+    table = verify(hand_network(), *numbered_images(10), settings, on_rows=told.append)
+    assert [each["index"].to_pylist() for each in told] == [[0, 2], [4, 6], [8]]
+    assert pa.concat_tables(told).drop_columns("seconds").equals(table.take([0, 2, 4, 6, 8]).drop_columns("seconds"))
+
+
+# ---- branch and bound as a rung -------------------------------------------------------------------------------------
+
+
+def test_branch_and_bound_decides_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Certified, falsified by a point, falsified by no point at all, given up."""
+    images, labels = numbered_images(49)
+    images, labels = images[[5, 10, 45, 46, 20]], labels[:5]
+    points = [images[2] + torch.tensor([0.06, 0.0]), images[3] + torch.tensor([0.2, 0.0])]
+    outcomes = [
+        Outcome(0, True, False, 0.25, 1.0, 3),
+        Outcome(1, False, False, -0.5, 2.0, 7),
+        Outcome(2, False, True, -1.0, 3.0, 1, points[0]),
+        Outcome(3, False, True, -1.0, 1.0, 1, points[1]),  # 0.66: outside of the region
+    ]
+    told: list[Any] = []
+
+    def fake(network: Network, images: Tensor, labels: Tensor, **options: Any) -> list[Outcome]:
+        if len(images) == 0:
+            return []
+        assert options["state"] is None
+        options["on_round"](Counts(1, 0, 3), [outcomes[0]])
+        options["on_round"](Counts(1, 2, 1), outcomes[1:])
+        return outcomes
+
+    monkeypatch.setattr(verification, "branch_and_bound", fake)
+    monkeypatch.setitem(verification.RUNGS, "ibp", certifying("ibp", lambda n: n == 20))
+    table = verify(
+        hand_network(),
+        images,
+        labels,
+        config(rungs=("ibp", "branch_and_bound")),
+        on_progress=lambda each: told.append((each.rung, each.handled, each.proved, each.falsified)),
+        on_counterexample=lambda *found: told.append(found[:2]),
+    )
+    assert table["verdict"].to_pylist() == ["certified", "undecided", "falsified", "undecided", "certified"]
+    assert table["method"].to_pylist() == ["branch_and_bound", "", "branch_and_bound", "", "ibp"]
+    assert table["branches"].to_pylist() == [3, 7, 1, 1, 0]
+    assert table["lower_bound"].to_pylist() == [0.25, -0.5, -1.0, -1.0, 1.0]
+    seconds = [1.0, 2.0, 3.0, 1.0, 0.0]  # more by the rungs before
+    assert all(0 <= row - own < 0.5 for row, own in zip(table["seconds"].to_pylist(), seconds, strict=True))
+    name = "branch_and_bound"
+    assert told[-5:] == [(name, 0, 1, 0), (name, 1, 2, 0), (2, name), (name, 4, 2, 1), (name, 4, 2, 1)]
+    assert accuracies(table) == Accuracies(1.0, 1.0, 2 / 5, 4 / 5, 5)
+
+
+def test_branch_and_bound_that_runs_out_of_memory_keeps_what_it_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(network: Network, images: Tensor, labels: Tensor, **options: Any) -> list[Outcome]:
+        if len(images) == 0:
+            return []
+        options["on_round"](Counts(1, 0, 1), [Outcome(1, True, False, 0.5, 0.1, 2)])
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(verification, "branch_and_bound", fake)
+    table = verify(hand_network(), *numbered_images(2), config(rungs=("branch_and_bound",)))
+    assert table["verdict"].to_pylist() == ["undecided", "certified"]
+
+
+def test_what_branch_and_bound_has_no_rule_for_is_refused_before_other_rungs() -> None:
+    network = Network(nn.Sequential(nn.Flatten(), nn.Linear(2, 4), nn.Tanh()), nn.Linear(4, 2)).eval()
+    told: list[str] = []
+    with pytest.raises(UnsupportedLayerError, match="Tanh"):
+        verify(
+            network,
+            *numbered_images(3),
+            config(rungs=("ibp", "branch_and_bound")),
+            on_rung=lambda rung, _: told.append(rung),
+        )
+    assert told == []
+
+
+def test_the_whole_ladder_and_order_of_its_bounds() -> None:
+    """Every rung for real: what one proves the next has no need to, and further rungs only decide more."""
+    network, images, labels = random_case(5)
+    rungs = ("pgd", "ensemble", "ibp", "crown", "alpha_crown", "branch_and_bound")
+    ensemble = {"steps": 10, "targets": 2, "square_queries": 20}
+    tables = [
+        verify(network, images, labels, config(rungs=rungs[:count], ensemble=ensemble)).to_pylist()
+        for count in range(len(rungs) + 1)
+    ]
+    for before, after in itertools.pairwise(tables):
+        for old, new in zip(before, after, strict=True):
+            if old["verdict"] != "undecided":
+                assert (new["verdict"], new["method"]) == (old["verdict"], old["method"])
+            if old["lower_bound"] is not None:
+                assert new["lower_bound"] >= old["lower_bound"]
+
+
+# ---- stopped and gone on with ---------------------------------------------------------------------------------------
+
+
+def comparable(table: pa.Table) -> pa.Table:
+    return table.drop_columns("seconds")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_interrupted_again_and_again_it_ends_alike(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "SAVE_INTERVAL_S", 0)
+    network, images, labels = random_case(seed)
+    settings = config(rungs=("pgd", "ibp", "crown", "alpha_crown"), batch_size=5, attack={"steps": 2, "step_size": 0.5})
+    points: dict[int, tuple[str, Tensor]] = {}
+    whole = verify(
+        network, images, labels, settings, on_counterexample=lambda i, m, p: points.setdefault(i, (m, p)) and None
+    )
+    state, choice = tmp_path / "state", random.Random(seed)
+    for _ in range(200):
+        left = choice.randint(1, 8)
+        found: dict[int, tuple[str, Tensor]] = {}
+        rows: list[pa.Table] = []
+
+        def stop(_: Progress) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+
+        def note(index: int, method: str, point: Tensor, found: dict[int, tuple[str, Tensor]] = found) -> None:
+            found[index] = (method, point)
+
+        with contextlib.suppress(KeyboardInterrupt):
+            table = verify(
+                network,
+                images,
+                labels,
+                settings,
+                on_progress=stop,
+                on_counterexample=note,
+                on_rows=rows.append,
+                state=state,
+            )
+            break
+    assert comparable(table).equals(comparable(whole))
+    assert found.keys() == points.keys()
+    for index, (method, point) in found.items():
+        assert method == points[index][0]
+        assert torch.equal(point, points[index][1])
+    decided = [row["index"] for row in whole.to_pylist() if row["verdict"] != "undecided"]
+    assert sorted(pa.concat_tables(rows)["index"].to_pylist()) == decided
+
+
+def test_a_finished_state_answers_at_once(tmp_path: Path, rungs: dict[str, Any]) -> None:
+    network, images, labels = random_case(1)
+    told: list[Any] = []
+    one = verify(network, images, labels, config(), state=tmp_path, on_rung=lambda *each: told.append(each))
+    rungs.clear()
+    again: list[Any] = []
+    other = verify(network, images, labels, config(), state=tmp_path, on_rung=lambda *each: again.append(each))
+    assert one.equals(other)
+    assert again == told
+    assert [rung for rung, _ in told] == ["clean", "pgd", "ibp", "crown"]
+
+
+def test_a_state_of_another_verification_is_refused(tmp_path: Path) -> None:
+    network, images, labels = random_case(1)
+    verify(network, images, labels, config(), state=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"belongs to another verification: there config\.seed is 0, now it is 1; choose"
+    ):
+        verify(network, images, labels, config(seed=1), state=tmp_path)
+    with pytest.raises(ValueError, match="there images is "):
+        verify(network, images + 0.001, labels, config(), state=tmp_path)
+    with pytest.raises(ValueError, match="there images is "):
+        verify(network, images, (labels + 1) % 3, config(), state=tmp_path)
+    with pytest.raises(ValueError, match="there weights is "):
+        verify(random_case(2)[0], images, labels, config(), state=tmp_path)
+    leaky = Network(nn.Sequential(*list(network.features)[:-1], nn.LeakyReLU()), network.head).eval()
+    with pytest.raises(ValueError, match="there layers is "):
+        verify(leaky, images, labels, config(), state=tmp_path)
+
+
+def test_the_state_of_branch_and_bound_lies_in_the_ladders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It meets the same images after a kill, is told where its file is, and that file goes when the rung is done."""
+    entered: list[tuple[int, bool]] = []
+
+    def fake(network: Network, images: Tensor, labels: Tensor, **options: Any) -> list[Outcome]:
+        if len(images) == 0:
+            return []
+        entered.append((len(images), options["state"].exists()))
+        outcomes = [Outcome(n, True, False, 0.5, 1.0, 2) for n in range(3)]
+        if len(entered) == 1:
+            options["state"].write_text("half")
+            options["on_round"](Counts(1, 0, 2), outcomes[:1])
+            raise KeyboardInterrupt
+        return outcomes
+
+    monkeypatch.setattr(verification, "SAVE_INTERVAL_S", 0)
+    monkeypatch.setattr(verification, "branch_and_bound", fake)
+    settings = config(rungs=("branch_and_bound",))
+    with pytest.raises(KeyboardInterrupt):
+        verify(hand_network(), *numbered_images(3), settings, state=tmp_path)
+    table = verify(hand_network(), *numbered_images(3), settings, state=tmp_path)
+    assert entered == [(3, False), (3, True)]
+    assert table["verdict"].to_pylist() == ["certified"] * 3
+    assert all(1 <= seconds < 1.5 for seconds in table["seconds"].to_pylist())  # no round counts twice
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
 
 
 def test_quick_accuracies_by_hand() -> None:

@@ -1,0 +1,439 @@
+"""Sub-problems: the margin of one image against one class, with the signs of some neurons given, bounded in batches.
+
+The bound is CROWN's with three kinds of free numbers: for each unstable neuron the slope alpha of its lower line, and
+for each given sign a multiplier beta >= 0 of its constraint (beta-CROWN). Any values give a sound bound, so they are
+searched in float32 and the bound that counts is computed once, in float64, with its rounding allowance.
+
+For a neuron z with weight w behind it and the sign s of z given (+1 or -1), the pre-activation weight becomes
+w - s beta: the bound holds where s z >= 0, since there - s beta z only lowers it.
+
+Only neurons that may have either sign are stored: a sub-problem has U of them over all layers, an image's own
+"neurons" in the order of `Images.neurons`. Units of a convolution are counted in the order H, W, C.
+
+Shapes: `I` images, `D` sub-problems, `U` neurons, `J` other classes.
+
+Source: Wang et al., NeurIPS 2021 (beta-CROWN); Xu et al., ICLR 2021 (alpha-CROWN).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ccdist.activations import Lines, curve_of, enclosing_lines
+from ccdist.interval import Interval
+from ccdist.linear_bounds import has_kink, least
+from ccdist.linear_rules import Back, EnclosingLines, Relaxation, Step, backward, backward_from
+from ccdist.networks import Network, Residual
+from ccdist.proof_network import ProofNetwork
+from ccdist.rounding import GuardedStep
+from ccdist.threats import L2Ball, Region
+
+# Adam's learning rates: slopes live in [0, 1]; beta is in units of its layer's weights (see `Objective.scales`).
+ALPHA_RATE, BETA_RATE = 0.2, 0.2
+RATE_DECAY = 0.95
+MOMENTS = (0.9, 0.999)
+# Decided sub-problems leave a running batch when they are at least so many of it: leaving copies the rest.
+WORTH_DROPPING = 0.7
+
+
+def flat(values: Tensor) -> Tensor:
+    """[D, C, H, W] -> [D, H W C] without a copy where channels come last in memory; [D, F] stays."""
+    return values.permute(0, 2, 3, 1).reshape(len(values), -1) if values.dim() == 4 else values.reshape(len(values), -1)
+
+
+def unflat(values: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of `flat`; shape of one image's layer."""
+    if len(shape) == 3:
+        channels, height, width = shape
+        return values.view(len(values), height, width, channels).permute(0, 3, 1, 2)
+    return values.view(len(values), *shape)
+
+
+@dataclass(frozen=True)
+class KinkLayer:
+    """The neurons of one layer of ReLUs, for each of I images.
+
+    index: [I, U] the units that may have either sign come first, ascending; the rest fill up to the widest image.
+    """
+
+    number: int  # of the leaf in the order of the forward pass
+    lower: Tensor  # [I, units], float64
+    upper: Tensor
+    index: Tensor
+    counts: list[int]  # how many of an image's index are such units
+    slope: float  # below 0
+
+    @classmethod
+    def of(cls, number: int, step: GuardedStep) -> "KinkLayer":
+        lower, upper = flat(step.box.lower), flat(step.box.upper)
+        unstable = (lower < 0) & (upper > 0)
+        counts = unstable.sum(1)
+        width = int(counts.max()) if len(counts) else 0
+        index = torch.argsort((~unstable).to(torch.int8), dim=1, stable=True)[:, :width]
+        slope = step.layer.negative_slope if isinstance(step.layer, nn.LeakyReLU) else 0.0
+        return cls(number, lower, upper, index, counts.tolist(), slope)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Everything about I images that their sub-problems share.
+
+    region: float64. steps: float64 pre-activation bounds of each leaf layer, with its rounding error.
+    """
+
+    proof: ProofNetwork
+    region: Region
+    steps: list[GuardedStep]
+    kinks: list[KinkLayer]
+    smooth: dict[int, Lines]  # of leaves that are smooth activations
+
+    @classmethod
+    def of(cls, proof: ProofNetwork, region: Region, steps: list[GuardedStep]) -> "Images":
+        kinks = [KinkLayer.of(number, step) for number, step in enumerate(steps) if has_kink(step.layer)]
+        curves = {number: (curve_of(step.layer), step.box) for number, step in enumerate(steps)}
+        smooth = {number: enclosing_lines(curve, box) for number, (curve, box) in curves.items() if curve is not None}
+        return cls(proof, region, steps, kinks, smooth)
+
+    @property
+    def widths(self) -> list[int]:
+        """U of each kink layer."""
+        return [kink.index.shape[1] for kink in self.kinks]
+
+    def adaptive(self) -> Tensor:
+        """[I, U] CROWN's slopes, in float32."""
+        slopes = [(kink.upper.gather(1, kink.index) > -kink.lower.gather(1, kink.index)).float() for kink in self.kinks]
+        return torch.cat(slopes, dim=1)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A linear function of each sub-problem: weights of some layer's input, or of the features.
+
+    start: number of the leaf whose input the weights are for; None: the features.
+    error: what the function itself may miss by in a deployed forward pass; it is part of the allowance.
+    """
+
+    weights: Tensor  # [D, ...], float64
+    offset: Tensor  # [D]
+    error: Tensor  # [D]
+    start: int | None = None
+
+    def select(self, rows: Tensor) -> "Objective":
+        return Objective(self.weights[rows], self.offset[rows], self.error[rows], self.start)
+
+
+@dataclass(frozen=True)
+class _Neurons:
+    """One kink layer of D sub-problems in one precision.
+
+    A stored neuron has slope `fixed + free alpha` where its weight is above 0, and the chord below.
+    """
+
+    passing: Tensor  # [D, units] slope of the units that are not stored
+    index: Tensor  # [D, U]
+    fixed: Tensor
+    free: Tensor
+    chord_slope: Tensor
+    chord_offset: Tensor
+    sign: Tensor
+    scale: Tensor  # [D, 1] unit of beta
+
+    def select(self, rows: Tensor) -> "_Neurons":
+        return _Neurons(*(getattr(self, part.name)[rows] for part in fields(self)))
+
+
+@dataclass
+class _Tap:
+    """What the gradient of a bound shows of one kink layer: the weights behind it, and the point z that attains it."""
+
+    weights: Tensor | None = None  # [D, U]
+    points: Tensor | None = None
+
+
+class _Through(torch.autograd.Function):
+    """Weights behind a layer of ReLUs -> weights before it, and the offset."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, alpha: Tensor, beta: Tensor, neurons: _Neurons, tap: _Tap
+    ) -> tuple[Tensor, Tensor]:
+        stored = weights.gather(1, neurons.index)
+        negative = stored.clamp(max=0)
+        positive = stored - negative
+        slope = torch.addcmul(neurons.fixed, neurons.free, alpha)
+        before = negative * neurons.chord_slope + positive * slope - neurons.sign * beta * neurons.scale
+        out = (weights * neurons.passing).scatter_(1, neurons.index, before)
+        ctx.save_for_backward(stored, slope)
+        ctx.neurons, ctx.tap = neurons, tap
+        return out, (negative * neurons.chord_offset).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (stored, slope), neurons = ctx.saved_tensors, ctx.neurons
+        points, ones = gradients  # the gradient of a bound is the point where it is attained
+        z = points.gather(1, neurons.index)
+        above = (stored > 0).to(z.dtype)
+        ctx.tap.weights, ctx.tap.points = stored, z
+        inner = z * torch.lerp(neurons.chord_slope, slope, above)
+        inner = inner + ones.unsqueeze(1) * neurons.chord_offset * (1 - above)
+        back = (points * neurons.passing).scatter_(1, neurons.index, inner)
+        return back, z * stored.clamp(min=0) * neurons.free, -neurons.sign * neurons.scale * z, None, None
+
+
+@dataclass(frozen=True)
+class _ThroughNeurons:
+    """The relaxation of one kink layer in D sub-problems."""
+
+    neurons: _Neurons
+    alpha: Tensor
+    beta: Tensor
+    tap: "_Tap"
+
+    def select(self, rows: Tensor) -> "Relaxation":
+        raise NotImplementedError("a batch of sub-problems is selected as a whole")
+
+    def through(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        shape = weights.shape[2:]
+        out, offset = _Through.apply(flat(weights.squeeze(1)), self.alpha, self.beta, self.neurons, self.tap)
+        return unflat(out, shape).unsqueeze(1), offset.unsqueeze(1)
+
+
+@dataclass
+class Bounded:
+    """Bounds of D sub-problems and where they come from.
+
+    slack: [D, U] what the relaxation of each neuron gives away at the point where the bound is attained, the sum of
+        |w| |line - f(z)|, >= 0 up to rounding; -1 where the sign is known.
+    points: [D, C, H, W] where the bound is attained.
+    sizes: [D, L] mean |w| of the stored neurons of each kink layer.
+    """
+
+    lower: Tensor
+    alpha: Tensor
+    beta: Tensor
+    slack: Tensor
+    points: Tensor
+    sizes: Tensor
+
+
+@dataclass
+class Batch:
+    """D sub-problems of some images, ready to be bounded."""
+
+    images: Images
+    owner: Tensor  # [D] row of the image
+    signs: Tensor  # [D, U] +1, -1, or 0 where not given
+    objective: Objective
+    scales: Tensor  # [D, L] unit of beta in each kink layer
+    _cache: dict[torch.dtype, tuple[list[_Neurons], Region, Objective]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def select(self, rows: Tensor) -> "Batch":
+        chosen = replace(
+            self,
+            owner=self.owner[rows],
+            signs=self.signs[rows],
+            objective=self.objective.select(rows),
+            scales=self.scales[rows],
+            _cache={},
+        )
+        for dtype, (neurons, region, objective) in self._cache.items():
+            chosen._cache[dtype] = (
+                [layer.select(rows) for layer in neurons],
+                _rows(region, rows),
+                objective.select(rows),
+            )
+        return chosen
+
+    def _prepared(self, dtype: torch.dtype) -> tuple[list[_Neurons], Region, Objective]:
+        if dtype not in self._cache:
+            signs = self.signs.split(self.images.widths, dim=1)
+            neurons = [
+                _neurons(kink, self.owner, sign.to(dtype), self.scales[:, number : number + 1].to(dtype))
+                for number, (kink, sign) in enumerate(zip(self.images.kinks, signs, strict=True))
+            ]
+            o = self.objective
+            objective = Objective(o.weights.to(dtype), o.offset.to(dtype), o.error.to(dtype), o.start)
+            self._cache[dtype] = (neurons, _rows(self.images.region, self.owner, dtype), objective)
+        return self._cache[dtype]
+
+    def _evaluate(
+        self, network: Network, alpha: Tensor, beta: Tensor, *, errors: bool = False, taps: Sequence[_Tap] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(bounds [D], allowance [D], weights of the pixels [D, C, H, W])."""
+        dtype = network.head.weight.dtype
+        neurons, region, objective = self._prepared(dtype)
+        alphas, betas = alpha.split(self.images.widths, dim=1), beta.split(self.images.widths, dim=1)
+        taps = taps or [_Tap() for _ in neurons]
+        relaxations: dict[int, Relaxation] = {
+            kink.number: _ThroughNeurons(*values)
+            for kink, *values in zip(self.images.kinks, neurons, alphas, betas, taps, strict=True)
+        }
+        for number, lines in self.images.smooth.items():
+            relaxations[number] = EnclosingLines(_gathered(lines, self.owner, dtype))
+        steps = [
+            Step(
+                leaf,
+                guarded.box.shape[1:],
+                relaxations.get(number),
+                guarded.error[self.owner] if errors else None,
+            )
+            for number, (leaf, guarded) in enumerate(zip(leaves(network.features), self.images.steps, strict=True))
+        ]
+        bound = Back(objective.weights.unsqueeze(1), objective.offset.unsqueeze(1), objective.error.unsqueeze(1))
+        if objective.start is None:
+            bound = backward(network.features, bound, steps)
+        else:
+            bound = backward_from(network.features, objective.start, bound, steps)
+        lower = least(bound.weights, region) + bound.offset
+        return lower.squeeze(1), bound.allowance.squeeze(1), bound.weights.squeeze(1)
+
+    @torch.no_grad()
+    def proved(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """(lower [D], allowance [D]) in float64: the sub-problem is proved where lower > allowance."""
+        exact = self.images.proof.exact
+        lower, allowance, _ = self._evaluate(exact, alpha.double(), beta.double(), errors=True)
+        return lower, allowance
+
+    @torch.no_grad()
+    def affine(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights [D, C, H, W], offset [D]) in float64 of the linear functions below the objectives."""
+        lower, _, weights = self._evaluate(self.images.proof.exact, alpha, torch.zeros_like(alpha))
+        region = self._prepared(torch.float64)[1]
+        return weights, lower - least(weights.unsqueeze(1), region).squeeze(1)
+
+    @torch.no_grad()
+    def bounds(self, alpha: Tensor, beta: Tensor) -> Tensor:
+        """float32 bounds [D]: estimates, without an allowance."""
+        return self._evaluate(self.images.proof.search, alpha, beta)[0]
+
+    def optimize(self, alpha: Tensor, beta: Tensor, steps: int, target: Tensor) -> Bounded:
+        """Slopes and multipliers improved by Adam from where they are; the best bound of each sub-problem is kept.
+
+        Args:
+            alpha, beta: [D, U], float32.
+            steps: gradient evaluations.
+            target: [D]; a sub-problem whose bound is above it is worked on no more.
+        """
+        best = Bounded(
+            torch.full_like(target, -torch.inf),
+            alpha.clone(),
+            beta.clone(),
+            slack=-torch.ones_like(alpha),
+            points=torch.zeros((len(self), *self.images.region.shape[1:]), dtype=alpha.dtype, device=alpha.device),
+            sizes=torch.ones_like(self.scales),
+        )
+        rows, batch, rate = torch.arange(len(self), device=alpha.device), self, 1.0
+        moments = [torch.zeros_like(alpha) for _ in range(4)]
+        for step in range(1, steps + 1):
+            taps = [_Tap() for _ in self.images.kinks]
+            alpha, beta = alpha.detach().requires_grad_(), beta.detach().requires_grad_()
+            with torch.enable_grad():  # whatever the caller's mode
+                lower, _, weights = batch._evaluate(self.images.proof.search, alpha, beta, taps=taps)
+                by_alpha, by_beta = torch.autograd.grad(lower.sum(), (alpha, beta))
+            lower, weights, alpha, beta = lower.detach(), weights.detach(), alpha.detach(), beta.detach()
+            better = lower > best.lower[rows]
+            kept = rows[better]
+            best.lower[kept], best.alpha[kept], best.beta[kept] = lower[better], alpha[better], beta[better]
+            open_ = best.lower[rows] <= target[rows]
+            if step == steps:
+                best.slack[rows], best.sizes[rows] = batch._slack(alpha, taps)
+                best.points[rows] = attained(batch._prepared(lower.dtype)[1], weights)
+            if step == steps or not open_.any():
+                break
+            _adam(alpha, by_alpha, moments[0], moments[1], step, ALPHA_RATE * rate).clamp_(0, 1)
+            _adam(beta, by_beta, moments[2], moments[3], step, BETA_RATE * rate).clamp_(min=0)
+            rate *= RATE_DECAY
+            if open_.sum() < WORTH_DROPPING * len(open_):
+                batch, rows = batch.select(open_), rows[open_]
+                alpha, beta, moments = alpha[open_], beta[open_], [moment[open_] for moment in moments]
+        return best
+
+    def _slack(self, alpha: Tensor, taps: Sequence[_Tap]) -> tuple[Tensor, Tensor]:
+        """See `Bounded.slack` and `Bounded.sizes`."""
+        neurons, _, _ = self._prepared(alpha.dtype)
+        slacks, sizes = [], []
+        for layer, a, tap in zip(neurons, alpha.split(self.images.widths, dim=1), taps, strict=True):
+            if tap.weights is None or tap.points is None:  # behind the objective
+                slacks.append(-torch.ones_like(a))
+                sizes.append(a.new_ones(len(a), 1))
+                continue
+            z, weights = tap.points, tap.weights
+            value = z.clamp(min=0) + layer.fixed * z.clamp(max=0)  # f(z) of a free neuron
+            above_kink = value - torch.addcmul(layer.fixed, layer.free, a) * z
+            below_chord = layer.chord_slope * z + layer.chord_offset - value
+            slack = below_chord * (-weights).clamp(min=0) + above_kink * weights.clamp(min=0)
+            slacks.append(torch.where(layer.free > 0, slack, -1))
+            sizes.append(weights.abs().mean(1, keepdim=True) if weights.shape[1] else a.new_ones(len(a), 1))
+        return torch.cat(slacks, dim=1), torch.cat(sizes, dim=1)
+
+
+def attained(region: Region, weights: Tensor) -> Tensor:
+    """Where weights * x is least over the region; over a ball, without its pixel range."""
+    if isinstance(region, L2Ball):
+        lengths = torch.linalg.vector_norm(weights.flatten(1), dim=1).clamp(min=torch.finfo(weights.dtype).tiny)
+        step = region.epsilon / lengths.view(-1, *(1,) * (weights.dim() - 1))
+        inside: Tensor = (region.center - step * weights).clamp(0, 1)
+        return inside
+    above = (weights > 0).to(weights.dtype)
+    return torch.lerp(region.upper, region.lower, above)
+
+
+def _adam(values: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: int, rate: float) -> Tensor:
+    """One ascending step in place; the moments too."""
+    mean.mul_(MOMENTS[0]).add_(gradient, alpha=1 - MOMENTS[0])
+    square.mul_(MOMENTS[1]).addcmul_(gradient, gradient, value=1 - MOMENTS[1])
+    scaled = rate / (1 - MOMENTS[0] ** step)
+    deviation = (square / (1 - MOMENTS[1] ** step)).sqrt_().add_(1e-12)
+    return values.addcdiv_(mean, deviation, value=scaled)
+
+
+def _rows(region: Region, rows: Any, dtype: torch.dtype | None = None) -> Region:
+    if isinstance(region, L2Ball):
+        return L2Ball(region.center[rows].to(dtype or region.center.dtype), region.epsilon)
+    return Interval(
+        region.lower[rows].to(dtype or region.lower.dtype), region.upper[rows].to(dtype or region.upper.dtype)
+    )
+
+
+def leaves(module: nn.Module) -> list[nn.Module]:
+    """Leaf layers in the order of the forward pass."""
+    if isinstance(module, nn.Sequential):
+        return [leaf for layer in module for leaf in leaves(layer)]
+    if isinstance(module, Residual):
+        return leaves(module.body) + leaves(module.shortcut)
+    return [module]
+
+
+def _gathered(lines: Lines, rows: Tensor, dtype: torch.dtype) -> Lines:
+    return Lines(*(getattr(lines, part.name)[rows].to(dtype) for part in fields(lines)))
+
+
+def _neurons(kink: KinkLayer, owner: Tensor, sign: Tensor, scale: Tensor) -> _Neurons:
+    dtype = sign.dtype
+    lower, upper = kink.lower, kink.upper
+    index = kink.index[owner]
+    low, high = lower.gather(1, kink.index)[owner].clamp(max=0), upper.gather(1, kink.index)[owner].clamp(min=0)
+    chord = (high - kink.slope * low) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
+    offset = low * (kink.slope - chord)
+    # A stored unit whose sign is known by its bounds passes as one whose sign is given.
+    known = (low == 0).to(dtype) - (high == 0).to(dtype) * (low != 0).to(dtype)
+    given = torch.where(sign != 0, sign, known)
+    free = (given == 0).to(dtype)
+    through = (given > 0).to(dtype) + (given < 0).to(dtype) * kink.slope  # slope where the sign is known
+    passing = (lower >= 0).to(dtype) + (lower < 0).to(dtype) * kink.slope
+    return _Neurons(
+        passing=passing[owner],
+        index=index,
+        fixed=through + free * kink.slope,
+        free=free * (1 - kink.slope),
+        chord_slope=through + free * chord.to(dtype),
+        chord_offset=free * offset.to(dtype),
+        sign=sign,
+        scale=scale,
+    )

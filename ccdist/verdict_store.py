@@ -1,0 +1,209 @@
+"""A verification on disk: where a killed one goes on from, its rows while it runs, its counter-examples.
+
+The state is a folder of `rows.parquet`, all rows and how far the ladder is, written whole in one atomic step, and
+`counterexamples/`, appended to before the rows that they falsify are written. Parts of rows and counter-examples are
+numbered files `part-00000.parquet`, each complete from the moment that it is there.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ccdist import checkpoint
+from ccdist.atomic_files import differing_keys, write_table
+from ccdist.config import VerifyConfig
+from ccdist.networks import Network
+from ccdist.verdicts import SCHEMA, CounterExample, Progress, Rows, Verdict
+
+COUNTEREXAMPLES = pa.schema(
+    [
+        ("index", pa.int32()),
+        ("method", pa.string()),
+        ("pixels", pa.list_(pa.float32())),  # row by row, as its shape says
+        ("shape", pa.list_(pa.int32())),  # channels, height, width
+    ]
+)
+
+
+class StateError(ValueError):
+    """A state is damaged, or one of another verification."""
+
+
+@dataclass
+class Position:
+    """How far a ladder is.
+
+    ahead: images that the rung after the finished ones still has to handle; None: it has not begun.
+    entered: with how many images that rung began.
+    seconds: spent on it so far.
+    """
+
+    rows: Rows
+    finished: list[Progress] = field(default_factory=list)
+    ahead: list[int] | None = None
+    entered: int = 0
+    seconds: float = 0.0
+
+
+class LadderState:
+    """The folder from which a killed verification goes on."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        self.branch_and_bound = folder / "branch_and_bound"  # its own file, or whatever it makes of this path
+        self._identity = identity
+        self._rows = folder / "rows.parquet"
+        self._examples = Parts(folder / "counterexamples")
+
+    def load(self) -> tuple[Position, list[CounterExample]] | None:
+        """Where it stopped, and the counter-examples of its falsified rows; None: nothing is there.
+
+        Raises:
+            StateError: it is damaged, or about another network, other images or another ladder.
+        """
+        if not self._rows.exists():
+            return None
+        try:
+            table = pq.read_table(self._rows)
+            stored = json.loads(table.schema.metadata[b"state"])
+            place = stored["position"]
+            finished = [Progress(**each) for each in place.pop("finished")]
+            position = Position(rows=Rows.of(table), finished=finished, **place)
+            identity = dict(stored["identity"])
+            examples = counterexamples_of(self._examples.read(COUNTEREXAMPLES))
+        except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own errors are among them
+            told = " ".join(str(error).split())
+            raise StateError(f"{self.folder} is damaged ({told}); delete it to begin again") from error
+        for key, there, asked in differing_keys(identity, self._identity):
+            raise StateError(
+                f"{self.folder} belongs to another verification: there {key} is {there}, now it is {asked}; "
+                "choose another folder, or delete that one"
+            )
+        # One that was written just before a kill is about a row that is still open: it is found again.
+        falsified = {index for index in range(len(position.rows)) if position.rows.verdict[index] == Verdict.FALSIFIED}
+        return position, [each for each in examples if each.index in falsified]
+
+    def save(self, position: Position, found: Sequence[CounterExample]) -> None:
+        """Write how far it is, with the counter-examples found since the last time."""
+        if found:
+            self._examples.append(counterexample_table(found))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        place = {name: getattr(position, name) for name in ("ahead", "entered", "seconds")}
+        content = {
+            "identity": self._identity,
+            "position": {**place, "finished": [asdict(each) for each in position.finished]},
+        }
+        write_table(self._rows, position.rows.table().replace_schema_metadata({"state": json.dumps(content)}))
+
+    def forget_branch_and_bound(self) -> None:
+        """Remove its own state: it is done, and its rows are here."""
+        if self.branch_and_bound.is_dir():
+            shutil.rmtree(self.branch_and_bound)
+        else:
+            self.branch_and_bound.unlink(missing_ok=True)
+
+
+class Parts:
+    """Tables of one schema as numbered files in a folder; appended to, and readable at any time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def files(self) -> list[Path]:
+        """In the order in which they were written."""
+        return sorted(path for path in self.folder.glob("part-*.parquet") if re.search(r"-\d+$", path.stem))
+
+    def read(self, schema: pa.Schema) -> pa.Table:
+        """All that was appended."""
+        return pa.concat_tables([schema.empty_table(), *(pq.read_table(path) for path in self.files())])
+
+    def append(self, table: pa.Table) -> None:
+        """Write one more file, complete from the moment that it is there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files = self.files()
+        number = int(files[-1].stem.removeprefix("part-")) + 1 if files else 0
+        write_table(self.folder / f"part-{number:05d}.parquet", table)
+
+
+class VerdictStream:
+    """The rows of a running verification, appended as images get decided; `index` is that in the split."""
+
+    def __init__(self, folder: Path, indices: range) -> None:
+        self._parts = Parts(folder)
+        self._indices = indices
+        self._written = set(self._parts.read(SCHEMA)["index"].to_pylist())
+
+    def add(self, rows: pa.Table) -> None:
+        """Append the rows that are not there yet: a resumed verification tells them all again."""
+        rows = in_split(rows, self._indices)
+        fresh = [position for position, index in enumerate(rows["index"].to_pylist()) if index not in self._written]
+        if fresh:
+            rows = rows.take(fresh)
+            self._parts.append(rows)
+            self._written.update(rows["index"].to_pylist())
+
+    def remove(self) -> None:
+        """Delete all parts: the finished table has their rows."""
+        shutil.rmtree(self._parts.folder, ignore_errors=True)
+
+
+def in_split(rows: pa.Table, indices: range) -> pa.Table:
+    """The same rows, `index` counted in the split instead of among the images that were verified."""
+    moved = pa.array([indices[index] for index in rows["index"].to_pylist()], pa.int32())
+    return rows.set_column(0, SCHEMA.field("index"), moved)
+
+
+def counterexample_table(examples: Iterable[CounterExample]) -> pa.Table:
+    """Counter-examples as rows of `COUNTEREXAMPLES`, sorted by index; of two for one image the later."""
+    latest = {each.index: each for each in examples}
+    rows = [
+        {
+            "index": each.index,
+            "method": each.method,
+            "pixels": each.point.flatten().numpy(),
+            "shape": list(each.point.shape),
+        }
+        for _, each in sorted(latest.items())
+    ]
+    return pa.Table.from_pylist(rows, COUNTEREXAMPLES)
+
+
+def counterexamples_of(table: pa.Table) -> list[CounterExample]:
+    """The counter-examples in a table, one for each image."""
+    examples = {
+        row["index"]: CounterExample(
+            row["index"],
+            row["method"],
+            torch.from_numpy(np.asarray(row["pixels"], dtype=np.float32)).view(row["shape"]),
+        )
+        for row in table.to_pylist()
+    }
+    return list(examples.values())
+
+
+def identity_of(
+    network: Network, images: Float[Tensor, "N C H W"], labels: Int[Tensor, " N"], config: VerifyConfig
+) -> dict[str, Any]:
+    """What a verification is about: hashes of the network and of the images, and the ladder."""
+    layers = hashlib.sha256(repr(network).encode()).hexdigest()  # strides and slopes are no weights
+    digest = hashlib.sha256(repr((tuple(images.shape), images.dtype)).encode())
+    for tensor in (images, labels):
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return {
+        "layers": layers[:16],
+        "weights": checkpoint.weights_sha256(network)[:16],
+        "images": digest.hexdigest()[:16],
+        "config": config.model_dump(mode="json"),
+    }

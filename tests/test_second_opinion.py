@@ -1,0 +1,153 @@
+"""python -m ccdist.second_opinion: results of another verifier against ours."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ccdist import second_opinion
+from ccdist.verdicts import SCHEMA
+
+# index -> our verdict, and what the other verifier says
+CASES = {
+    10: ("certified", "unsat"),
+    11: ("falsified", "sat"),
+    12: ("undecided", "holds"),
+    13: ("undecided", "Violated"),
+    14: ("certified", "TIMEOUT"),
+    15: ("falsified", "unknown"),
+    16: ("undecided", "error"),
+    17: ("undecided", "error_exit_code_1"),
+    18: ("certified", "verified"),
+}
+
+
+def write_verdicts(path: Path, verdicts: dict[int, str]) -> Path:
+    rows = [
+        {"index": index, "label": index % 10, "prediction": 0, "verdict": verdict, "method": "crown", "seconds": 0.1}
+        | {"lower_bound": None, "branches": 0}
+        for index, verdict in verdicts.items()
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
+    return path
+
+
+def line(index: Any, result: str, *, onnx: str = "model.onnx", seconds: str = "1.5") -> str:
+    return f"digits,{onnx},./vnnlib/prop_{index}.vnnlib,0.2,{result},{seconds}\n"
+
+
+@pytest.fixture
+def verdicts(tmp_path: Path) -> Path:
+    return write_verdicts(tmp_path / "verdicts.parquet", {index: ours for index, (ours, _) in CASES.items()})
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    path = tmp_path / "results.csv"
+    path.write_text("".join(line(index, result) for index, (_, result) in CASES.items()))
+    return path
+
+
+def run(*arguments: Any) -> int:
+    return second_opinion.main([str(argument) for argument in arguments])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    assert run(*arguments) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1, text
+    assert text.startswith("error: ")
+    return text
+
+
+def test_agreement_and_what_only_one_decided(verdicts: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verdicts, results) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "9 images in both files, 0 only in ours, 0 only in the results",
+        "  ours / other   certified   falsified   undecided",
+        "     certified           2           0           1",
+        "     falsified           0           1           1",
+        "     undecided           1           1           2",
+        "agreed on 3, undecided by both 2",
+        "decided only by ours: 2; certified: 14; falsified: 15",
+        "decided only by the other: 2; certified: 12; falsified: 13",
+        "contradictions: 0",
+    ]
+
+
+def test_a_contradiction_is_listed_and_is_exit_code_1(
+    tmp_path: Path, results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verdicts = write_verdicts(
+        tmp_path / "mine.parquet", {10: "falsified", 11: "certified", 12: "certified", 99: "certified"}
+    )
+    assert run(verdicts, results) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "3 images in both files, 1 only in ours, 6 only in the results"
+    assert lines[-3:] == [
+        "contradictions: 2",
+        "  image 10 (label 0): ours falsified by crown, the other unsat",
+        "  image 11 (label 1): ours certified by crown, the other sat",
+    ]
+
+
+def test_both_answers_are_written_as_a_table(verdicts: Path, results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "both.parquet"
+    assert run(verdicts, results, "--out", out) == 0
+    table = pq.read_table(out)
+    assert table.column_names == [*SCHEMA.names, "other_verdict", "other_result", "other_seconds"]
+    assert table["index"].to_pylist() == sorted(CASES)
+    assert table["other_result"].to_pylist() == [result for _, result in CASES.values()]
+    assert set(table["other_seconds"].to_pylist()) == {1.5}
+    assert set(tmp_path.iterdir()) == {out, verdicts, results}
+
+
+def test_order_spaces_and_empty_lines_do_not_matter(verdicts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "other.csv"
+    path.write_text("\n" + "".join(line(index, f" {CASES[index][1]} ") for index in reversed(CASES)) + "\n\n")
+    assert run(verdicts, path) == 0
+    table = second_opinion.read_results(path)
+    assert table["index"].to_pylist() == sorted(CASES)
+    assert table["other_verdict"].to_pylist()[:4] == ["certified", "falsified", "certified", "falsified"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "has no lines; expected one for each image: category, onnx"),
+        (line(1, "maybe"), "line 1: unknown result 'maybe'; known: sat, violated"),
+        (line(1, ""), "line 1: unknown result ''"),
+        (line(1, "sat") + line(1, "sat"), "line 2: image 1 stands there twice"),
+        (line(1, "sat") + line(2, "sat", onnx="b.onnx"), "line 2: b.onnx is another network"),
+        (line("one", "sat"), "is no property of ccdist.export; expected prop_INDEX.vnnlib"),
+        (line(1, "sat", seconds="soon"), "line 1: the run time is 'soon'; expected seconds"),
+        (line(1, "sat", seconds="nan"), "the run time is 'nan'"),
+        ("a,b,c\n", "line 1 has 3 values; expected 6: category, onnx, vnnlib, prepare-time, result, run-time"),
+        (line(1, "sat"), "the two files have no image in common"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_wrong_results_have_their_line(
+    verdicts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | bytes, expected: str
+) -> None:
+    path = tmp_path / "wrong.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert expected in refused(capsys, verdicts, path)
+
+
+def test_files_that_are_not_there_or_something_else(
+    verdicts: Path, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "No such file" in refused(capsys, verdicts, tmp_path / "none.csv")
+    assert "none.parquet cannot be read" in refused(capsys, tmp_path / "none.parquet", results)
+    assert "results.csv cannot be read" in refused(capsys, results, results)
+    assert "cannot be written" in refused(capsys, verdicts, results, "--out", tmp_path / "none" / "x.parquet")
+    pq.write_table(pa.table({"index": [1]}), tmp_path / "other.parquet")
+    assert "has no column label" in refused(capsys, tmp_path / "other.parquet", results)
+    odd = write_verdicts(tmp_path / "odd.parquet", {10: "maybe"})
+    assert "has the verdict 'maybe'; expected certified, falsified, undecided" in refused(capsys, odd, results)
+    table = pq.read_table(verdicts)
+    pq.write_table(pa.concat_tables([table, table]), tmp_path / "twice.parquet")
+    assert "two rows about the same image" in refused(capsys, tmp_path / "twice.parquet", results)
