@@ -32,21 +32,34 @@ from ccdist.branching import (
     candidates_of,
     children_of,
     choose,
+    clip,
     descend,
     lowest_points,
     push,
     unpack,
 )
+from ccdist.clipping import NeuronBounds
 from ccdist.config import BranchAndBoundConfig, ThreatModel
 from ccdist.counterexamples import confirmed, float64_copy, inner_region
 from ccdist.device_memory import Budget
+from ccdist.interval import Interval
 from ccdist.leaf_program import solve_leaf
 from ccdist.linear_bounds import has_kink
 from ccdist.networks import Network
 from ccdist.proof_network import ProofNetwork, exact_region
-from ccdist.proved_bounds import better, crown, elided, select_images, select_region, tightened
+from ccdist.proved_bounds import (
+    better,
+    chunk_rows,
+    crown,
+    elided,
+    linear_steps,
+    select_images,
+    select_region,
+    tightened,
+)
 from ccdist.rounding import GuardedBounds, guarded_bounds
 from ccdist.search_state import SearchState, identity_of
+from ccdist.subproblems import ProvedBound
 from ccdist.threats import Region
 
 
@@ -74,6 +87,10 @@ class Counts:
 
 # Images whose root bounds are computed together.
 ROOT_IMAGES = 32
+# Bounding a root again with the neurons' bounds it has tightened: at most so often, while it closes such a share of the gap.
+ROOT_CYCLES, WORTH_A_CYCLE = 8, 0.1
+# Neurons of a sub-problem whose bounds are tightened: those whose relaxations give away most.
+CLIPPED_NEURONS = 128
 
 # after each round: the counts, and the images decided (or given up) in this round
 OnRound = Callable[[Counts, list[Outcome]], None]
@@ -126,6 +143,19 @@ def _refuse_smooth(network: Network) -> None:
             )
         if isinstance(module, nn.LeakyReLU) and module.negative_slope > 1:
             raise UnsupportedLayerError(f"branch and bound needs a convex activation, not {module} at {name}")
+
+
+@dataclass(frozen=True)
+class Left:
+    """What bounding D sub-problems leaves: those open, and about these the share of the gap that was closed.
+
+    margins: [D] float64, of all of them. sizes: see `Bounded`.
+    """
+
+    problems: SubProblems
+    margins: Tensor
+    progress: Tensor
+    sizes: Tensor
 
 
 class _Search:
@@ -239,42 +269,53 @@ class _Search:
                     self.labels[position : position + 1],
                     neurons=[int(((box.lower < 0) & (box.upper > 0)).sum()) for box in kinks],
                     scales=torch.ones(len(kinks), device=device),
+                    bounds=NeuronBounds.of(self.proof, own, linear_steps(own), chunk_rows(own)),
                 )
             )
         return opened
 
     def _open_specifications(self, opened: list[OpenImage], lower: Tensor, allowance: Tensor) -> None:
-        """The root sub-problem of every specification that CROWN leaves open, with its slopes improved."""
+        """The root sub-problem of every specification that CROWN leaves open, with its slopes improved.
+
+        What a bound leaves open tightens the neurons' bounds, and these the bound, as long as that closes the gap.
+        """
         margins = lower - allowance
         for row, image in enumerate(opened):
-            image.target = TARGET_ALLOWANCES * float(allowance[row].max())
+            image.target = image.assumed = TARGET_ALLOWANCES * float(allowance[row].max())
             image.root = float(margins[row].min())
             done = margins[row][margins[row] > 0]
             image.proved = float(done.min()) if len(done) else math.inf
         stack = Stack.of(self.proof, opened)
-        owner, specs = (~(lower > allowance)).nonzero().unbind(1)
-        alpha = stack.images.adaptive()[owner]
-        roots = SubProblems(
+        owner, specs = (~(margins > 0)).nonzero().unbind(1)
+        alpha, box = stack.images.adaptive()[owner], stack.images.neuron_box()
+        going = SubProblems(
             owner,
             specs,
             torch.zeros(alpha.shape, dtype=torch.int8, device=alpha.device),
+            Interval(box.lower[owner], box.upper[owner]),
             alpha,
             torch.zeros_like(alpha),
             lower[owner, specs].float(),
             torch.full((len(owner), self.config.candidates), -1, device=alpha.device),
         )
         sizes = torch.zeros(len(opened), len(stack.images.kinks), device=alpha.device)
-        seen = torch.zeros(len(opened), device=alpha.device)
+        worst = torch.full((len(opened),), math.inf, dtype=torch.float64, device=alpha.device)
         for rows in self._chunks(len(owner), stack):
-            some = roots.select(rows)
-            left = self._bounded(stack, opened, some, self.config.root_steps, sizes=(sizes, seen))
-            push(stack, opened, left)
-        for row, image in enumerate(opened):
-            if seen[row]:
-                image.scales = (sizes[row] / seen[row]).clamp(min=1e-6)
-        # The roots' own bounds: an image's margin is at least the worst of its specifications.
-        for image in opened:
-            image.root = max(image.root, min(image.proved, image.frontier.lowest - image.target))
+            problems = going.select(rows)
+            for cycle in range(ROOT_CYCLES):
+                left = self._bounded(stack, opened, problems, self.config.root_steps, clip_all=True)
+                if cycle == 0:  # nothing is assumed of the margin yet
+                    worst.index_reduce_(0, problems.owner, left.margins, "amin")
+                    sizes.index_reduce_(0, left.problems.owner, left.sizes, "amax")
+                again = (left.progress > WORTH_A_CYCLE) | (cycle == 0)
+                push(stack, opened, left.problems.select(~again))
+                problems = left.problems.select(again)
+                if len(problems) == 0:
+                    break
+            push(stack, opened, problems)
+        for image, bound, size in zip(opened, worst.tolist(), sizes, strict=True):
+            image.scales = size.masked_fill(size == 0, 1.0)
+            image.root = max(image.root, min(bound, image.proved))
 
     def _chunks(self, count: int, stack: Stack) -> Iterator[Tensor]:
         """Row numbers in pieces that fit."""
@@ -282,41 +323,39 @@ class _Search:
             yield from torch.arange(count, device=self.images.device).split(self.budget.sub_problems(stack.images))
 
     def _bounded(
-        self,
-        stack: Stack,
-        opened: list[OpenImage],
-        problems: SubProblems,
-        steps: int,
-        sizes: tuple[Tensor, Tensor] | None = None,
-    ) -> SubProblems:
-        """Bound sub-problems, prove what can be proved, look for counter-examples; what stays open is returned."""
-        batch = stack.batch(problems.owner, problems.specs, problems.signs)
-        target = stack.targets[problems.owner]
+        self, stack: Stack, opened: list[OpenImage], problems: SubProblems, steps: int, *, clip_all: bool = False
+    ) -> Left:
+        """Bound sub-problems, prove what can be proved, look for counter-examples, tighten what is left."""
+        batch, target = stack.batch(problems), stack.targets[problems.owner]
         found = batch.optimize(problems.alpha, problems.beta, steps, target)
-        if sizes is not None:
-            sizes[0].index_add_(0, problems.owner, found.sizes)
-            sizes[1].index_add_(0, problems.owner, torch.ones_like(target))
-        above = found.lower > target
-        open_ = ~above
-        if above.any():
-            rows = above.nonzero().squeeze(1)
-            lower, allowance = batch.select(rows).proved(found.alpha[rows], found.beta[rows])
-            proved = lower > allowance
-            for place, margin, needed in zip(
-                problems.owner[rows].tolist(), (lower - allowance).tolist(), allowance.tolist(), strict=True
-            ):
-                if margin > 0:
-                    opened[place].proved = min(opened[place].proved, margin)
-                else:
-                    opened[place].target = max(opened[place].target, TARGET_ALLOWANCES * needed)
-            open_[rows[~proved]] = True
-        rest = open_.nonzero().squeeze(1)
+        bound = batch.proved(found.alpha, found.beta)
+        margins = bound.margin
+        proved = margins > 0
+        self._note(opened, problems.owner, found.lower > target, bound)
+        rest = (~proved).nonzero().squeeze(1)
         left = problems.select(rest)
         left.alpha, left.beta = found.alpha[rest], found.beta[rest]
+        gap = (target[rest] - left.lower).clamp(min=1e-30)
+        progress = (found.lower[rest] - left.lower) / gap
         left.lower = torch.maximum(left.lower, found.lower[rest])
-        left.candidates = candidates_of(found.slack[rest], self.config.candidates)
         self._look_for_counterexamples(opened, left.owner, found.points[rest])
-        return left
+        slack = found.slack[rest]
+        columns = candidates_of(slack, slack.shape[1] if clip_all else CLIPPED_NEURONS)
+        left.box = clip(opened, stack, left, bound.select(rest), columns)
+        some = (left.box.lower <= left.box.upper).all(1)
+        splittable = (left.box.lower < 0) & (left.box.upper > 0)
+        left.candidates = candidates_of(slack.masked_fill(~splittable, -1), self.config.candidates)
+        return Left(left.select(some), margins, progress[some], found.sizes[rest][some])
+
+    def _note(self, opened: list[OpenImage], owner: Tensor, expected: Tensor, bound: ProvedBound) -> None:
+        """Each image's worst proved margin; and a higher target where float32 expected a proof that rounding denies."""
+        margins = bound.margin
+        for row in ((margins > 0) | expected).nonzero().squeeze(1).tolist():
+            image, margin = opened[int(owner[row])], float(margins[row])
+            if margin > 0:
+                image.proved = min(image.proved, margin)
+            else:
+                image.target = max(image.target, TARGET_ALLOWANCES * float(bound.allowance[row]))
 
     def _look_for_counterexamples(self, opened: list[OpenImage], owner: Tensor, points: Tensor) -> None:
         """From the points where bounds are attained, the worst few of each image, down its margin."""
@@ -356,13 +395,14 @@ class _Search:
         stack.targets.copy_(torch.tensor([image.target for image in self.active]))
         taken = [(place, *image.frontier.pop(self._quota(image))) for place, image in enumerate(self.active)]
         shares = [len(bounds) for _, bounds, _ in taken]
-        parents = unpack(stack, [one for one in taken if len(one[1])], self.images.device)
+        parents = unpack(stack, [one for one in taken if len(one[1])])
         parents = self._finish_leaves(stack, parents)
         for rows in self._chunks(len(parents), stack):
             some = parents.select(rows)
             children = children_of(some, choose(stack, some, self.budget.sub_problems(stack.images)))
             for part in self._chunks(len(children), stack):
-                push(stack, self.active, self._bounded(stack, self.active, children.select(part), self.config.steps))
+                left = self._bounded(stack, self.active, children.select(part), self.config.steps)
+                push(stack, self.active, left.problems)
         counted = torch.bincount(parents.owner, minlength=len(self.active)).tolist()
         spent = time.perf_counter() - started
         self.seconds += spent
@@ -384,7 +424,7 @@ class _Search:
         for row in leaf.nonzero().squeeze(1).tolist():
             one = parents.select(torch.tensor([row], device=leaf.device))
             image = self.active[int(one.owner)]
-            proved, lower, point = solve_leaf(stack.batch(one.owner, one.specs, one.signs), one.alpha, one.beta)
+            proved, lower, point = solve_leaf(stack.batch(one), one.alpha, one.beta)
             image.proved = min(image.proved, lower)
             if proved:
                 continue

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ccdist.attacks import unit_length
 from ccdist.bounds import difference_weights, logit_differences
+from ccdist.clipping import HalfSpace, NeuronBounds, clipped
 from ccdist.frontier import Frontier, Row
 from ccdist.interval import Interval
 from ccdist.proof_network import ProofNetwork
 from ccdist.rounding import GuardedBounds, GuardedStep, head_error
-from ccdist.subproblems import Batch, Images, Objective
+from ccdist.subproblems import Batch, Images, Objective, ProvedBound
 from ccdist.threats import L2Ball, Region
 
 # A sub-problem counts as proved in float32, and goes to its proof, above so many times the allowance seen so far.
@@ -33,6 +34,8 @@ class OpenImage:
     neurons: how many units of each kink layer may have either sign; they are what its rows index.
     scales: [L] unit of beta in each kink layer.
     target: float32 bounds above it go to their proof, in logits.
+    assumed: the t of `ccdist.clipping`: what is proved after the first clip is that the margin is above t, not by how
+        much.
     root: bound proved before the first split; proved: the worst float64 bound of the sub-problems that have left;
         both less their allowance.
     """
@@ -43,7 +46,9 @@ class OpenImage:
     label: Tensor  # [1]
     neurons: list[int]
     scales: Tensor
+    bounds: NeuronBounds
     target: float = 0.0
+    assumed: float = 0.0
     root: float = -math.inf
     proved: float = math.inf
     frontier: Frontier = field(default_factory=Frontier)
@@ -55,7 +60,7 @@ class OpenImage:
     @property
     def lower_bound(self) -> float:
         """The best proved lower bound of the margin: that of the root, or of the worst sub-problem if higher."""
-        return max(self.root, min(self.proved, self.frontier.lowest - self.target))
+        return max(self.root, min(self.assumed, self.proved, self.frontier.lowest - self.target))
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,10 @@ class Stack:
             columns,
         )
 
-    def batch(self, owner: Tensor, specs: Tensor, signs: Tensor) -> Batch:
-        objective = Objective(self.weights[owner, specs], self.offset[owner, specs], self.error[owner, specs])
-        return Batch(self.images, owner, signs, objective, self.scales[owner])
+    def batch(self, problems: "SubProblems") -> Batch:
+        owner, place = problems.owner, (problems.owner, problems.specs)
+        objective = Objective(self.weights[place], self.offset[place], self.error[place])
+        return Batch(self.images, owner, problems.signs, problems.box, objective, self.scales[owner])
 
 
 def _stacked(parts: Sequence[GuardedBounds]) -> GuardedBounds:
@@ -134,6 +140,7 @@ class SubProblems:
     owner: Tensor  # [D]
     specs: Tensor  # [D]
     signs: Tensor  # [D, U] int8
+    box: Interval  # [D, U] float32 bounds of the neurons' inputs, where the margin may be too small
     alpha: Tensor  # [D, U]
     beta: Tensor
     lower: Tensor  # [D] float32, known from the parent
@@ -147,6 +154,7 @@ class SubProblems:
             self.owner[rows],
             self.specs[rows],
             self.signs[rows],
+            Interval(self.box.lower[rows], self.box.upper[rows]),
             self.alpha[rows],
             self.beta[rows],
             self.lower[rows],
@@ -154,34 +162,64 @@ class SubProblems:
         )
 
 
-def unpack(stack: Stack, taken: Sequence[tuple[int, np.ndarray, np.ndarray]], device: torch.device) -> SubProblems:
+def unpack(stack: Stack, taken: Sequence[tuple[int, np.ndarray, np.ndarray]]) -> SubProblems:
     """Rows (image, bounds, packed rows) of several images as one batch."""
-    total, width = sum(len(bounds) for _, bounds, _ in taken), sum(stack.images.widths)
-    signs, alpha, beta = (np.zeros((total, width), dtype=dtype) for dtype in (np.int8, np.float32, np.float32))
-    parts: list[tuple[np.ndarray, ...]] = []
-    start = 0
+    device = stack.labels.device
+    places = [np.full(len(bounds), place) for place, bounds, _ in taken]
+    owner = torch.from_numpy(np.concatenate(places)).to(device)
+    # An image's rows say nothing of the units that fill up its neurons to the widest image's: their own bounds do.
+    box = stack.images.neuron_box()
+    signs = np.zeros((len(owner), sum(stack.images.widths)), dtype=np.int8)
+    alpha, beta = np.zeros(signs.shape, dtype=np.float32), np.zeros(signs.shape, dtype=np.float32)
+    lower, upper = box.lower[owner].cpu().numpy(), box.upper[owner].cpu().numpy()
+    specs, candidates, start = [], [], 0
     for place, bounds, packed in taken:
         columns = stack.columns[place]
         row, here = Row.unpacked(packed, len(columns)), slice(start, start + len(bounds))
-        signs[here, columns], alpha[here, columns], beta[here, columns] = row.signs, row.alpha, row.beta
-        candidates = np.where(row.candidates >= 0, columns[row.candidates] if len(columns) else -1, -1)
-        owner = np.full(len(bounds), place)
-        parts.append((owner, row.specs.astype(np.int64), bounds.astype(np.float32), candidates))
+        own = (row.signs, row.lower, row.upper, row.alpha, row.beta)
+        for stacked, values in zip((signs, lower, upper, alpha, beta), own, strict=True):
+            stacked[here, columns] = values
+        specs.append(row.specs.astype(np.int64))
+        candidates.append(np.where(row.candidates >= 0, columns[row.candidates] if len(columns) else -1, -1))
         start += len(bounds)
-    owner, specs, lower, candidates = (np.concatenate(same) for same in zip(*parts, strict=True))
-    return SubProblems(*(torch.from_numpy(a).to(device) for a in (owner, specs, signs, alpha, beta, lower, candidates)))
+    known = np.concatenate([bounds for _, bounds, _ in taken]).astype(np.float32)
+
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return SubProblems(
+        owner,
+        on_device(np.concatenate(specs)),
+        on_device(signs),
+        Interval(on_device(lower), on_device(upper)),
+        on_device(alpha),
+        on_device(beta),
+        on_device(known),
+        on_device(np.concatenate(candidates)),
+    )
 
 
 def push(stack: Stack, opened: Sequence[OpenImage], rest: SubProblems) -> None:
     """Sub-problems back to the frontiers of their images."""
-    arrays = [t.cpu().numpy() for t in (rest.owner, rest.specs, rest.signs, rest.alpha, rest.beta, rest.candidates)]
+    tensors = (
+        rest.owner,
+        rest.specs,
+        rest.signs,
+        rest.box.lower,
+        rest.box.upper,
+        rest.alpha,
+        rest.beta,
+        rest.candidates,
+    )
+    arrays = [tensor.cpu().numpy() for tensor in tensors]
     owner, lower = arrays[0], rest.lower.cpu().numpy()
     for place in np.unique(owner):
         columns, here = stack.columns[place], owner == place
-        _, specs, signs, alpha, beta, candidates = (array[here] for array in arrays)
+        _, specs, *inner, candidates = (array[here] for array in arrays)
         own = np.full(sum(stack.images.widths) + 1, -1)  # the last one stands for "none"
         own[columns] = np.arange(len(columns))
-        row = Row(specs, signs[:, columns], alpha[:, columns], beta[:, columns], own[candidates])
+        signs, low, high, alpha, beta = (values[:, columns] for values in inner)
+        row = Row(specs, signs, low, high, alpha, beta, own[candidates])
         opened[place].frontier.push(lower[here].astype(np.float64), row.packed())
 
 
@@ -210,7 +248,7 @@ def choose(stack: Stack, parents: SubProblems, chunk: int) -> Tensor:
         columns = some.candidates.clamp(min=0).repeat_interleave(2, dim=1).flatten()
         sides = torch.tensor([1, -1], dtype=torch.int8, device=rows.device).repeat(len(rows) * count)
         tried.signs[torch.arange(len(tried), device=rows.device), columns] = sides
-        lower = stack.batch(tried.owner, tried.specs, tried.signs).bounds(tried.alpha, tried.beta)
+        lower = stack.batch(tried).bounds(tried.alpha, tried.beta)
         target = stack.targets[some.owner].view(-1, 1, 1)
         room = (target - some.lower.view(-1, 1, 1)).clamp(min=1e-12)
         gain = (torch.minimum(lower.view(-1, count, 2), target) - some.lower.view(-1, 1, 1)) / room
@@ -267,3 +305,28 @@ def _inside(region: Region, points: Tensor) -> Tensor:
     if isinstance(region, L2Ball):
         return region.project(points)
     return torch.minimum(torch.maximum(points, region.lower), region.upper)
+
+
+def clip(
+    opened: Sequence[OpenImage], stack: Stack, problems: SubProblems, bound: ProvedBound, columns: Tensor
+) -> Interval:
+    """The neurons' bounds over the points that matter; crossed where a sub-problem has no such point.
+
+    Args:
+        bound: of these sub-problems, in float64.
+        columns: [D, K] the neurons to look at, -1 for none.
+    """
+    lower, upper = problems.box.lower.clone(), problems.box.upper.clone()
+    for place in problems.owner.unique().tolist():
+        image, own = opened[place], torch.from_numpy(stack.columns[place]).to(columns.device)
+        if len(own) == 0:
+            continue
+        rows = (problems.owner == place).nonzero().squeeze(1)
+        number = torch.zeros(lower.shape[1] + 1, dtype=torch.long, device=columns.device)  # the last: of "none"
+        number[own] = torch.arange(len(own), device=columns.device)
+        excess = bound.offset[rows] - bound.allowance[rows] - image.assumed
+        box = Interval(lower[rows][:, own], upper[rows][:, own])
+        half = HalfSpace(bound.weights[rows].flatten(1), excess)
+        box = clipped(image.bounds, image.region, half, box, number[columns[rows]])
+        lower[rows.unsqueeze(1), own], upper[rows.unsqueeze(1), own] = box.lower, box.upper
+    return Interval(lower, upper)

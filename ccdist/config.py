@@ -289,7 +289,7 @@ class BranchAndBoundConfig(Config):
     total_timeout_s: float | None = Field(None, gt=0, description="seconds for the whole set; None: no limit")
     max_branches: int | None = Field(None, ge=1, description="sub-problems of one image; None: no limit")
     root_steps: int = Field(20, ge=1, description="gradient steps of the slopes before the first branch")
-    steps: int = Field(10, ge=1, description="gradient steps of slopes and beta in each sub-problem")
+    steps: int = Field(5, ge=1, description="gradient steps of slopes and beta in each sub-problem")
     candidates: int = Field(6, ge=1, description="neurons whose branches are bounded before one is chosen")
     round_size: int = Field(64, ge=1, description="sub-problems of one image that a round splits, at first")
 

@@ -16,10 +16,16 @@ from numpy import ndarray
 
 @dataclass(frozen=True)
 class Row:
-    """N sub-problems of one image, unpacked. candidates: neurons worth splitting, best first; -1 where there is none."""
+    """N sub-problems of one image, unpacked.
+
+    lower, upper: of the neurons' inputs, where the margin may be too small (see `ccdist.clipping`).
+    candidates: neurons worth splitting, best first; -1 where there is none.
+    """
 
     specs: Int[ndarray, " N"]
     signs: Int8[ndarray, "N U"]
+    lower: Float[ndarray, "N U"]
+    upper: Float[ndarray, "N U"]
     alpha: Float[ndarray, "N U"]
     beta: Float[ndarray, "N U"]
     candidates: Int[ndarray, "N K"]
@@ -28,6 +34,8 @@ class Row:
         parts = (
             self.specs.astype(np.int32)[:, None],
             self.signs.astype(np.int8),
+            self.lower.astype(np.float32),
+            self.upper.astype(np.float32),
             self.alpha.astype(np.float16),
             self.beta.clip(max=np.finfo(np.float16).max).astype(np.float16),
             self.candidates.astype(np.int32),
@@ -38,10 +46,12 @@ class Row:
     @classmethod
     def unpacked(cls, rows: UInt8[ndarray, "N bytes"], neurons: int) -> "Row":
         count, start, values = len(rows), 0, []
-        num_candidates = (rows.shape[1] - 4 - 5 * neurons) // 4
+        num_candidates = (rows.shape[1] - 4 - 13 * neurons) // 4
         for dtype, width in (
             (np.int32, 1),
             (np.int8, neurons),
+            (np.float32, neurons),
+            (np.float32, neurons),
             (np.float16, neurons),
             (np.float16, neurons),
             (np.int32, num_candidates),
@@ -49,8 +59,8 @@ class Row:
             size = width * np.dtype(dtype).itemsize
             values.append(np.ascontiguousarray(rows[:, start : start + size]).view(dtype).reshape(count, width))
             start += size
-        specs, signs, alpha, beta, candidates = values
-        return cls(specs[:, 0], signs, alpha.astype(np.float32), beta.astype(np.float32), candidates)
+        specs, signs, lower, upper, alpha, beta, candidates = values
+        return cls(specs[:, 0], signs, lower, upper, alpha.astype(np.float32), beta.astype(np.float32), candidates)
 
 
 @dataclass

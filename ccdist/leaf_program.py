@@ -11,11 +11,14 @@ with its rounding allowance, so nothing depends on the solver's tolerances.
 Shapes: `U` neurons, `P` pixels.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy.optimize import linprog
 from torch import Tensor
 
+from ccdist.interval import Interval
 from ccdist.subproblems import Batch, Objective, unflat
 from ccdist.threats import L2Ball
 
@@ -34,9 +37,10 @@ def solve_leaf(batch: Batch, alpha: Tensor, beta: Tensor) -> tuple[bool, float, 
     """
     if isinstance(batch.images.region, L2Ball):
         found = batch.optimize(alpha, beta, BALL_STEPS, torch.full_like(batch.scales[:, 0], torch.inf))
-        lower, allowance = batch.proved(found.alpha, found.beta)
-        return bool(lower > allowance), float(lower - allowance), found.points
-    margin, _ = _affine(batch, batch.objective)
+        margin = float(batch.proved(found.alpha, found.beta).margin)
+        return margin > 0, margin, found.points
+    batch = replace(batch, signs=_all_signs(batch), _cache={})
+    objective, _ = _affine(batch, batch.objective)
     rows, heights, signs, columns = _constraints(batch)
     region = batch.images.region
     owner = int(batch.owner[0])
@@ -44,11 +48,11 @@ def solve_leaf(batch: Batch, alpha: Tensor, beta: Tensor) -> tuple[bool, float, 
     best = -np.inf
     proved, point = False, torch.from_numpy(box.mean(1)).view(1, *region.shape[1:])
     for price in PRICES:
-        scale = price * max(float(np.abs(margin).max()), 1e-12)
+        scale = price * max(float(np.abs(objective).max()), 1e-12)
         # Variables: the pixels, and one common violation of all constraints.
         matrix = np.concatenate([-signs[:, None] * rows, -np.ones((len(rows), 1))], axis=1)
         found = linprog(
-            np.append(margin[0], scale),
+            np.append(objective[0], scale),
             A_ub=matrix,
             b_ub=signs * heights,
             bounds=[*map(tuple, box), (0, None)],
@@ -61,10 +65,10 @@ def solve_leaf(batch: Batch, alpha: Tensor, beta: Tensor) -> tuple[bool, float, 
         units = torch.repeat_interleave(
             batch.scales.double(), torch.tensor(batch.images.widths, device=beta.device), dim=1
         )
-        lower, allowance = batch.proved(alpha, multipliers / units)
-        best = max(best, float(lower - allowance))
+        margin = float(batch.proved(alpha, multipliers / units).margin)
+        best = max(best, margin)
         point = torch.from_numpy(found.x[:-1]).view(1, *region.shape[1:])
-        proved = bool(lower > allowance)
+        proved = margin > 0
         if proved:
             break
     return proved, best, point
@@ -72,16 +76,24 @@ def solve_leaf(batch: Batch, alpha: Tensor, beta: Tensor) -> tuple[bool, float, 
 
 def _affine(batch: Batch, objective: Objective) -> tuple[np.ndarray, np.ndarray]:
     """(weights [n, P], offsets [n]) of linear functions of the sub-problem, as functions of the pixels."""
+    count = len(objective.offset)
     many = Batch(
         batch.images,
-        batch.owner.expand(len(objective.offset)),
-        batch.signs.expand(len(objective.offset), -1),
+        batch.owner.expand(count),
+        batch.signs.expand(count, -1),
+        Interval(batch.box.lower.expand(count, -1), batch.box.upper.expand(count, -1)),
         objective,
-        batch.scales.expand(len(objective.offset), -1),
+        batch.scales.expand(count, -1),
     )
     nothing = torch.zeros(many.signs.shape, dtype=torch.float64, device=batch.signs.device)
-    weights, offset = many.affine(nothing)
-    return weights.flatten(1).cpu().numpy(), offset.cpu().numpy()
+    bound = many.proved(nothing, nothing)
+    return bound.weights.flatten(1).cpu().numpy(), bound.offset.cpu().numpy()
+
+
+def _all_signs(batch: Batch) -> Tensor:
+    """Those given and those that the neurons' bounds leave no choice for: the points that matter have them all."""
+    known = (batch.box.lower >= 0).to(torch.int8) - ((batch.box.upper <= 0) & (batch.box.lower < 0)).to(torch.int8)
+    return torch.where(batch.signs != 0, batch.signs, known)
 
 
 def _constraints(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:

@@ -79,7 +79,7 @@ def crown(proof: ProofNetwork, region: Region, labels: Tensor, guarded: GuardedB
     weights, offset = difference_weights(proof.exact.head, labels)
     error = head_error(proof, guarded.features, labels)
     steps = linear_steps(guarded)
-    rows = _chunk_rows(guarded)
+    rows = chunk_rows(guarded)
     lower, allowance = torch.empty_like(offset), torch.empty_like(offset)
     each = max(1, rows // offset.shape[1])
     for images in torch.arange(len(labels)).split(each):
@@ -92,7 +92,7 @@ def crown(proof: ProofNetwork, region: Region, labels: Tensor, guarded: GuardedB
     return lower, allowance
 
 
-def _chunk_rows(guarded: GuardedBounds) -> int:
+def chunk_rows(guarded: GuardedBounds) -> int:
     widest = max(step.box.lower[0].numel() for step in guarded.steps)
     return max(1, CHUNK_BYTES // (8 * widest))
 
@@ -123,7 +123,7 @@ def tightened(proof: ProofNetwork, region: Region, guarded: GuardedBounds) -> Gu
         if first is None or number == first or not has_kink(step.layer):
             continue
         lower, upper = step.box.lower.clone(), step.box.upper.clone()
-        rows = _chunk_rows(guarded)
+        rows = chunk_rows(guarded)
         before = linear_steps(GuardedBounds(steps[:number], guarded.features))
         for image in range(len(lower)):
             here = torch.tensor([image], device=lower.device)
@@ -171,7 +171,9 @@ def root_batch(images: Images, labels: Tensor, guarded: GuardedBounds, owner: Te
     objective = Objective(weights[owner, specs], offset[owner, specs], error[owner, specs])
     shape = (len(owner), len(images.kinks))
     signs = torch.zeros((len(owner), sum(images.widths)), dtype=torch.int8, device=owner.device)
-    return Batch(images, owner, signs, objective, torch.ones(shape, device=owner.device))
+    box = images.neuron_box()
+    own = Interval(box.lower[owner], box.upper[owner])
+    return Batch(images, owner, signs, own, objective, torch.ones(shape, device=owner.device))
 
 
 def sloped(
@@ -181,7 +183,7 @@ def sloped(
     lower, allowance = known[0].clone(), known[1].clone()
     images = Images.of(proof, region, guarded.steps)
     owner, specs = (~(lower > allowance)).nonzero().unbind(1)
-    for pairs in torch.arange(len(owner), device=owner.device).split(_chunk_rows(guarded)):
+    for pairs in torch.arange(len(owner), device=owner.device).split(chunk_rows(guarded)):
         if len(pairs) == 0:  # how split() cuts nothing
             break
         rows, columns = owner[pairs], specs[pairs]
@@ -189,5 +191,6 @@ def sloped(
         target = (2 * allowance[rows, columns]).float()
         alpha = images.adaptive()[rows]
         best = batch.optimize(alpha, torch.zeros_like(alpha), steps, target)
-        lower[rows, columns], allowance[rows, columns] = batch.proved(best.alpha, best.beta)
+        found = batch.proved(best.alpha, best.beta)
+        lower[rows, columns], allowance[rows, columns] = found.lower, found.allowance
     return lower, allowance

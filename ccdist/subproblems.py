@@ -102,6 +102,12 @@ class Images:
         """U of each kink layer."""
         return [kink.index.shape[1] for kink in self.kinks]
 
+    def neuron_box(self) -> Interval:
+        """[I, U] bounds of the neurons' inputs, rounded outward to float32."""
+        lower = torch.cat([kink.lower.gather(1, kink.index) for kink in self.kinks], dim=1)
+        upper = torch.cat([kink.upper.gather(1, kink.index) for kink in self.kinks], dim=1)
+        return Interval(float32_below(lower), -float32_below(-upper))
+
     def adaptive(self) -> Tensor:
         """[I, U] CROWN's slopes, in float32."""
         slopes = [(kink.upper.gather(1, kink.index) > -kink.lower.gather(1, kink.index)).float() for kink in self.kinks]
@@ -201,6 +207,27 @@ class _ThroughNeurons:
         return unflat(out, shape).unsqueeze(1), offset.unsqueeze(1)
 
 
+@dataclass(frozen=True)
+class ProvedBound:
+    """Linear bounds in float64 of D sub-problems: objective >= weights x + offset - allowance where the signs hold.
+
+    lower: [D] least of weights x + offset over the region.
+    """
+
+    lower: Tensor
+    allowance: Tensor
+    weights: Tensor  # [D, C, H, W]
+    offset: Tensor  # [D]
+
+    def select(self, rows: Tensor) -> "ProvedBound":
+        return ProvedBound(self.lower[rows], self.allowance[rows], self.weights[rows], self.offset[rows])
+
+    @property
+    def margin(self) -> Tensor:
+        """What rounding leaves of the bound."""
+        return self.lower - self.allowance
+
+
 @dataclass
 class Bounded:
     """Bounds of D sub-problems and where they come from.
@@ -226,6 +253,7 @@ class Batch:
     images: Images
     owner: Tensor  # [D] row of the image
     signs: Tensor  # [D, U] +1, -1, or 0 where not given
+    box: Interval  # [D, U] float32 bounds of the neurons' inputs
     objective: Objective
     scales: Tensor  # [D, L] unit of beta in each kink layer
     _cache: dict[torch.dtype, tuple[list[_Neurons], Region, Objective]] = field(default_factory=dict)
@@ -238,6 +266,7 @@ class Batch:
             self,
             owner=self.owner[rows],
             signs=self.signs[rows],
+            box=Interval(self.box.lower[rows], self.box.upper[rows]),
             objective=self.objective.select(rows),
             scales=self.scales[rows],
             _cache={},
@@ -252,10 +281,14 @@ class Batch:
 
     def _prepared(self, dtype: torch.dtype) -> tuple[list[_Neurons], Region, Objective]:
         if dtype not in self._cache:
-            signs = self.signs.split(self.images.widths, dim=1)
+            parts = [
+                values.to(dtype).split(self.images.widths, dim=1)
+                for values in (self.signs, self.box.lower, self.box.upper)
+            ]
+            scales = self.scales.to(dtype).split(1, dim=1)
             neurons = [
-                _neurons(kink, self.owner, sign.to(dtype), self.scales[:, number : number + 1].to(dtype))
-                for number, (kink, sign) in enumerate(zip(self.images.kinks, signs, strict=True))
+                _neurons(kink, self.owner, *of_layer)
+                for kink, *of_layer in zip(self.images.kinks, *parts, scales, strict=True)
             ]
             o = self.objective
             objective = Objective(o.weights.to(dtype), o.offset.to(dtype), o.error.to(dtype), o.start)
@@ -294,18 +327,12 @@ class Batch:
         return lower.squeeze(1), bound.allowance.squeeze(1), bound.weights.squeeze(1)
 
     @torch.no_grad()
-    def proved(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        """(lower [D], allowance [D]) in float64: the sub-problem is proved where lower > allowance."""
-        exact = self.images.proof.exact
-        lower, allowance, _ = self._evaluate(exact, alpha.double(), beta.double(), errors=True)
-        return lower, allowance
-
-    @torch.no_grad()
-    def affine(self, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """(weights [D, C, H, W], offset [D]) in float64 of the linear functions below the objectives."""
-        lower, _, weights = self._evaluate(self.images.proof.exact, alpha, torch.zeros_like(alpha))
-        region = self._prepared(torch.float64)[1]
-        return weights, lower - least(weights.unsqueeze(1), region).squeeze(1)
+    def proved(self, alpha: Tensor, beta: Tensor) -> "ProvedBound":
+        """The bound in float64: a sub-problem is proved where its margin is positive."""
+        network = self.images.proof.exact
+        lower, allowance, weights = self._evaluate(network, alpha.double(), beta.double(), errors=True)
+        offset = lower - least(weights.unsqueeze(1), self._prepared(torch.float64)[1]).squeeze(1)
+        return ProvedBound(lower, allowance, weights, offset)
 
     @torch.no_grad()
     def bounds(self, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -384,6 +411,13 @@ def attained(region: Region, weights: Tensor) -> Tensor:
     return torch.lerp(region.upper, region.lower, above)
 
 
+def float32_below(values: Tensor) -> Tensor:
+    """The nearest float32 numbers that are not above float64 ones."""
+    rounded = values.float()
+    down = torch.nextafter(rounded, torch.full_like(rounded, -torch.inf))
+    return torch.where(rounded.double() > values, down, rounded)
+
+
 def _adam(values: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, step: int, rate: float) -> Tensor:
     """One ascending step in place; the moments too."""
     mean.mul_(MOMENTS[0]).add_(gradient, alpha=1 - MOMENTS[0])
@@ -414,26 +448,22 @@ def _gathered(lines: Lines, rows: Tensor, dtype: torch.dtype) -> Lines:
     return Lines(*(getattr(lines, part.name)[rows].to(dtype) for part in fields(lines)))
 
 
-def _neurons(kink: KinkLayer, owner: Tensor, sign: Tensor, scale: Tensor) -> _Neurons:
-    dtype = sign.dtype
-    lower, upper = kink.lower, kink.upper
-    index = kink.index[owner]
-    low, high = lower.gather(1, kink.index)[owner].clamp(max=0), upper.gather(1, kink.index)[owner].clamp(min=0)
+def _neurons(kink: KinkLayer, owner: Tensor, sign: Tensor, lower: Tensor, upper: Tensor, scale: Tensor) -> _Neurons:
+    low, high = lower.clamp(max=0), upper.clamp(min=0)
     chord = (high - kink.slope * low) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
-    offset = low * (kink.slope - chord)
     # A stored unit whose sign is known by its bounds passes as one whose sign is given.
-    known = (low == 0).to(dtype) - (high == 0).to(dtype) * (low != 0).to(dtype)
-    given = torch.where(sign != 0, sign, known)
-    free = (given == 0).to(dtype)
-    through = (given > 0).to(dtype) + (given < 0).to(dtype) * kink.slope  # slope where the sign is known
-    passing = (lower >= 0).to(dtype) + (lower < 0).to(dtype) * kink.slope
+    known = (low == 0).to(sign.dtype) - ((high == 0) & (low != 0)).to(sign.dtype)
+    given = sign + (sign == 0) * known
+    free = (given == 0).to(sign.dtype)
+    through = (given > 0) + (given < 0) * kink.slope  # slope where the sign is known
+    passing = (kink.lower >= 0).to(sign.dtype) + (kink.lower < 0) * kink.slope
     return _Neurons(
-        passing=passing[owner],
-        index=index,
+        passing=passing[owner].to(sign.dtype),
+        index=kink.index[owner],
         fixed=through + free * kink.slope,
         free=free * (1 - kink.slope),
-        chord_slope=through + free * chord.to(dtype),
-        chord_offset=free * offset.to(dtype),
+        chord_slope=through + free * chord,
+        chord_offset=free * low * (kink.slope - chord),
         sign=sign,
         scale=scale,
     )
