@@ -39,7 +39,7 @@ from torch import Tensor
 
 from benchmarks.step_paths import Clock
 from benchmarks.training_step import _processor
-from benchmarks.verification_models import ASSETS, ATTACK, MODELS, figures, stored_images
+from benchmarks.verification_models import ASSETS, ATTACK, MODELS, NUM_STORED, figures, stored_images
 from ccdist import checkpoint
 from ccdist.branch_and_bound import branch_and_bound
 from ccdist.config import AlphaCrownConfig, BranchAndBoundConfig, Rung, ThreatModel, VerifyConfig
@@ -286,7 +286,11 @@ def compare(
         together.append(batched())
         if not number % 2:
             separate.append(alone(own_best))
-        prepared.append(_timed(device, lambda: Tally(branches=len(prepare(case).folded))).seconds)
+        if preparation:
+            clock = Clock(device)
+            clock.start()
+            prepare(case)
+            prepared.append(clock.total())
     spared = (len(single) - 1) * statistics.median(prepared) if preparation else 0.0
     separate_seconds = [side.seconds - spared for side in separate]
     return {
@@ -466,7 +470,7 @@ def tell_batching(found: dict[str, Any], args: argparse.Namespace, device: torch
     lines = []
     for name, contest in found.items():
         if "ratios" not in contest:
-            lines.append(f"{name}: {contest['images']} images, nothing to batch")
+            lines.append(f"{name}: nothing to batch ({contest['images']} open)")
             continue
         own = "" if contest["round_size"] is None else f", round size {contest['round_size']}"
         for side, told in (("batched", contest["batched"]), (f"one at a time{own}", contest["one_at_a_time"])):
@@ -551,11 +555,13 @@ def image_folder(args: argparse.Namespace) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.model:
             data = MODELS[name].recipe.data.name
+            if data not in NUM_STORED:  # it comes with a package
+                continue
             source, file = Path(args.data) / data / "test.parquet", Path(folder) / "images" / data / "test.parquet"
-            if source.exists():
-                count = args.images or MODELS[name].num_images
-                file.parent.mkdir(parents=True, exist_ok=True)
-                pq.write_table(pq.read_table(source, columns=["image", "label"]).slice(0, count), file)
+            # Models share data sets, and each is cut to what the model is measured on afterwards.
+            count = args.images or max(NUM_STORED[data], MODELS[name].num_images)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pq.read_table(source, columns=["image", "label"]).slice(0, count), file)
         yield Path(folder)
 
 
@@ -595,7 +601,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if ratios:
         least = min(ratios, key=ratios.__getitem__)
         print(f"; least ratio of batched to one at a time: {ratios[least]:.2f} ({least})", end="")
-    print()
+    # Above the number of cores at the end: others used them too, and the times are worth nothing.
+    about["load_at_the_end"] = f"{os.getloadavg()[0]:.1f}"
+    print(f"; load at the end {about['load_at_the_end']}")
     if args.json is not None:
         Path(args.json).write_text(json.dumps(about | {"seconds": seconds, "models": models}, indent=1))
     return 0

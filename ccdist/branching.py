@@ -21,11 +21,6 @@ from ccdist.rounding import GuardedBounds, GuardedStep, head_error
 from ccdist.subproblems import Batch, Images, Objective, ProvedBound
 from ccdist.threats import L2Ball, Region
 
-# A sub-problem counts as proved in float32, and goes to its proof, above so many times the allowance seen so far.
-TARGET_ALLOWANCES = 1.5
-# Points of an image's worst sub-problems from which a counter-example is searched each round, and the steps of it.
-SEARCHED_POINTS, SEARCH_STEPS = 4, 8
-
 
 @dataclass
 class OpenImage:
@@ -46,16 +41,31 @@ class OpenImage:
     label: Tensor  # [1]
     neurons: list[int]
     scales: Tensor
-    bounds: NeuronBounds
+    bounds: NeuronBounds | None = None  # linear ones; None: not needed yet
     target: float = 0.0
     assumed: float = 0.0
     root: float = -math.inf
+    worst_root: float = math.inf
     proved: float = math.inf
     frontier: Frontier = field(default_factory=Frontier)
     branches: int = 0
     seconds: float = 0.0
     counterexample: Tensor | None = None  # [C, H, W]
-    stuck: bool = False  # a sub-problem without a neuron left is neither proved nor refuted
+    stuck: bool = False  # what is left can be neither proved nor refuted, or does not fit in memory
+
+    def give_up(self) -> None:
+        """A part of the region is left out: only the root's bound holds for all of it."""
+        self.stuck, self.proved = True, -math.inf
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its bounds, beside the frontier."""
+        boxes = [step.box for step in self.guarded.steps]
+        kept = [tensor for box in boxes for tensor in (box.lower, box.upper)]
+        kept += [step.error for step in self.guarded.steps]
+        for layer in () if self.bounds is None else self.bounds.layers:
+            kept += [layer.weights, layer.support]
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     @property
     def lower_bound(self) -> float:
@@ -67,9 +77,9 @@ class OpenImage:
 class Stack:
     """Open images as one batch; columns[i] are the places of image i's neurons among the batch's."""
 
+    opened: list[OpenImage]
     images: Images
     labels: Tensor
-    guarded: GuardedBounds
     weights: Tensor  # [I, J, D] of the specifications, float64
     offset: Tensor  # [I, J]
     error: Tensor
@@ -93,9 +103,9 @@ class Stack:
             for image in opened
         ]
         return cls(
+            list(opened),
             images,
             labels,
-            guarded,
             weights,
             offset,
             error,
@@ -199,7 +209,7 @@ def unpack(stack: Stack, taken: Sequence[tuple[int, np.ndarray, np.ndarray]]) ->
     )
 
 
-def push(stack: Stack, opened: Sequence[OpenImage], rest: SubProblems) -> None:
+def push(stack: Stack, rest: SubProblems) -> None:
     """Sub-problems back to the frontiers of their images."""
     tensors = (
         rest.owner,
@@ -220,7 +230,7 @@ def push(stack: Stack, opened: Sequence[OpenImage], rest: SubProblems) -> None:
         own[columns] = np.arange(len(columns))
         signs, low, high, alpha, beta = (values[:, columns] for values in inner)
         row = Row(specs, signs, low, high, alpha, beta, own[candidates])
-        opened[place].frontier.push(lower[here].astype(np.float64), row.packed())
+        stack.opened[place].frontier.push(lower[here].astype(np.float64), row.packed())
 
 
 def candidates_of(slack: Tensor, count: int) -> Tensor:
@@ -307,9 +317,7 @@ def _inside(region: Region, points: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(points, region.lower), region.upper)
 
 
-def clip(
-    opened: Sequence[OpenImage], stack: Stack, problems: SubProblems, bound: ProvedBound, columns: Tensor
-) -> Interval:
+def clip(stack: Stack, problems: SubProblems, bound: ProvedBound, columns: Tensor) -> Interval:
     """The neurons' bounds over the points that matter; crossed where a sub-problem has no such point.
 
     Args:
@@ -318,8 +326,8 @@ def clip(
     """
     lower, upper = problems.box.lower.clone(), problems.box.upper.clone()
     for place in problems.owner.unique().tolist():
-        image, own = opened[place], torch.from_numpy(stack.columns[place]).to(columns.device)
-        if len(own) == 0:
+        image, own = stack.opened[place], torch.from_numpy(stack.columns[place]).to(columns.device)
+        if image.bounds is None or len(own) == 0:
             continue
         rows = (problems.owner == place).nonzero().squeeze(1)
         number = torch.zeros(lower.shape[1] + 1, dtype=torch.long, device=columns.device)  # the last: of "none"

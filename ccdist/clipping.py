@@ -28,6 +28,7 @@ from ccdist.interval import Interval
 from ccdist.linear_bounds import has_kink
 from ccdist.linear_rules import Back, Step, backward_from
 from ccdist.proof_network import ProofNetwork
+from ccdist.proved_bounds import linear_steps
 from ccdist.rounding import GuardedBounds
 from ccdist.subproblems import float32_below
 from ccdist.threats import L2Ball, Region
@@ -69,9 +70,12 @@ class NeuronBounds:
     layers: list[LayerBounds]
 
     @classmethod
-    def of(cls, proof: ProofNetwork, guarded: GuardedBounds, steps: Sequence[Step], chunk: int) -> "NeuronBounds":
-        """By CROWN over the pre-activation bounds of one image, for its units of either sign in their order."""
-        layers = []
+    def of(cls, proof: ProofNetwork, guarded: GuardedBounds, chunk: int) -> "NeuronBounds":
+        """By CROWN over the pre-activation bounds of one image, for its units of either sign in their order.
+
+        chunk: linear functions bounded at once.
+        """
+        layers, steps = [], linear_steps(guarded)
         for number, step in enumerate(guarded.steps):
             if not has_kink(step.layer):
                 continue
@@ -99,7 +103,7 @@ def _rows(
     bound = backward_from(
         proof.exact.features, start, Back(weights.view(1, 2 * count, *shape), nothing, nothing), steps
     )
-    return bound.weights.reshape(2, count, -1), (bound.offset - bound.allowance).view(2, count)
+    return bound.weights.flatten(2).unflatten(1, (2, count)).squeeze(0), (bound.offset - bound.allowance).view(2, count)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,11 @@ class Frontier:
         return len(self.heap)
 
     @property
+    def num_bytes(self) -> int:
+        """Of all rows, which are of one size, with what Python adds to each."""
+        return len(self.heap) * (len(self.heap[0][2]) + 200) if self.heap else 0
+
+    @property
     def lowest(self) -> float:
         """The worst bound; infinity where nothing is open."""
         return self.heap[0][0] if self.heap else float("inf")

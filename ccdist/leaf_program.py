@@ -11,6 +11,7 @@ with its rounding allowance, so nothing depends on the solver's tolerances.
 Shapes: `U` neurons, `P` pixels.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -29,24 +30,27 @@ PRICES = (1e2, 1e5)
 BALL_STEPS = 300
 
 
-def solve_leaf(batch: Batch, alpha: Tensor, beta: Tensor) -> tuple[bool, float, Tensor]:
-    """(proved, lower bound less its allowance, point [1, C, H, W] where the margin is least) of one sub-problem.
+def solve_leaf(batch: Batch, alpha: Tensor, beta: Tensor) -> tuple[float, Tensor]:
+    """The end of one sub-problem.
 
     Args:
         batch: of one sub-problem, each of its neurons with a sign.
+
+    Returns:
+        Its bound less the allowance, proved where positive, and the point [1, C, H, W] where the margin is least.
     """
-    if isinstance(batch.images.region, L2Ball):
-        found = batch.optimize(alpha, beta, BALL_STEPS, torch.full_like(batch.scales[:, 0], torch.inf))
-        margin = float(batch.proved(found.alpha, found.beta).margin)
-        return margin > 0, margin, found.points
+    region = batch.images.region
+    if isinstance(region, L2Ball):
+        slopes = batch.optimize(alpha, beta, BALL_STEPS, torch.full_like(batch.scales[:, 0], torch.inf))
+        margin = float(batch.proved(slopes.alpha, slopes.beta).margin)
+        return margin, slopes.points
     batch = replace(batch, signs=_all_signs(batch), _cache={})
     objective, _ = _affine(batch, batch.objective)
     rows, heights, signs, columns = _constraints(batch)
-    region = batch.images.region
     owner = int(batch.owner[0])
     box = torch.stack([region.lower[owner].flatten(), region.upper[owner].flatten()], dim=1).cpu().numpy()
-    best = -np.inf
-    proved, point = False, torch.from_numpy(box.mean(1)).view(1, *region.shape[1:])
+    best = -math.inf
+    point = torch.from_numpy(box.mean(1)).view(1, *region.shape[1:])
     for price in PRICES:
         scale = price * max(float(np.abs(objective).max()), 1e-12)
         # Variables: the pixels, and one common violation of all constraints.
@@ -68,10 +72,9 @@ def solve_leaf(batch: Batch, alpha: Tensor, beta: Tensor) -> tuple[bool, float, 
         margin = float(batch.proved(alpha, multipliers / units).margin)
         best = max(best, margin)
         point = torch.from_numpy(found.x[:-1]).view(1, *region.shape[1:])
-        proved = margin > 0
-        if proved:
+        if margin > 0:
             break
-    return proved, best, point
+    return best, point
 
 
 def _affine(batch: Batch, objective: Objective) -> tuple[np.ndarray, np.ndarray]:

@@ -153,7 +153,8 @@ def _transposed_conv(weights: Tensor, kernel: Tensor, step: Step, geometry: _Geo
         sizes = zip(step.input_shape[1:], merged.shape[2:], kernel.shape[2:], stride, padding, dilation, strict=True)
         output_padding = [size - ((out - 1) * s - 2 * p + d * (k - 1) + 1) for size, out, k, s, p, d in sizes]
         back = F.conv_transpose2d(merged, kernel, None, stride, padding, output_padding, groups, dilation)
-    return back.unflatten(0, weights.shape[:2])
+    apart: Tensor = back.unflatten(0, weights.shape[:2])
+    return apart
 
 
 def _by_phases(weights: Tensor, kernel: Tensor, stride: int, padding: tuple[int, ...], size: Sequence[int]) -> Tensor:

@@ -71,7 +71,8 @@ LINEAR_CHAIN = 1 / 8
 CONVOLUTION_CHAIN = 1 / 2
 # Operations beside the sum: bias, the steps of a batch norm, conversions of its constants; and second order terms.
 EXTRA_OPERATIONS = 12
-# In units of the deployed precision: tanh and sigmoid relative to their value (measured: 1.0, 2.5), GELU to its input (measured: 6.4).
+# In units of the deployed precision: tanh and sigmoid relative to their value (measured in float32: 1.0, 2.5), GELU to
+# its input (6.4).
 ACTIVATION_UNITS = 8
 GELU_UNITS = 16
 # Share of a layer's terms for the float64 evaluation of any bound over it.

@@ -104,14 +104,19 @@ class Images:
 
     def neuron_box(self) -> Interval:
         """[I, U] bounds of the neurons' inputs, rounded outward to float32."""
-        lower = torch.cat([kink.lower.gather(1, kink.index) for kink in self.kinks], dim=1)
-        upper = torch.cat([kink.upper.gather(1, kink.index) for kink in self.kinks], dim=1)
+        lower, upper = self._stored([kink.lower for kink in self.kinks]), self._stored([k.upper for k in self.kinks])
         return Interval(float32_below(lower), -float32_below(-upper))
 
     def adaptive(self) -> Tensor:
         """[I, U] CROWN's slopes, in float32."""
-        slopes = [(kink.upper.gather(1, kink.index) > -kink.lower.gather(1, kink.index)).float() for kink in self.kinks]
-        return torch.cat(slopes, dim=1)
+        lower, upper = self._stored([kink.lower for kink in self.kinks]), self._stored([k.upper for k in self.kinks])
+        return (upper > -lower).float()
+
+    def _stored(self, layers: Sequence[Tensor]) -> Tensor:
+        """[I, U] of values [I, units] for each kink layer."""
+        nothing = self.region.center.new_zeros(len(self.region.center), 0)
+        chosen = [values.gather(1, kink.index) for values, kink in zip(layers, self.kinks, strict=True)]
+        return torch.cat([nothing, *chosen], dim=1)
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,7 @@ class Bounded:
     """Bounds of D sub-problems and where they come from.
 
     slack: [D, U] what the relaxation of each neuron gives away at the point where the bound is attained, the sum of
-        |w| |line - f(z)|, >= 0 up to rounding; -1 where the sign is known.
+        |w| |line - f(z)|, >= 0; -1 where the sign is known.
     points: [D, C, H, W] where the bound is attained.
     sizes: [D, L] mean |w| of the stored neurons of each kink layer.
     """
@@ -285,7 +290,7 @@ class Batch:
                 values.to(dtype).split(self.images.widths, dim=1)
                 for values in (self.signs, self.box.lower, self.box.upper)
             ]
-            scales = self.scales.to(dtype).split(1, dim=1)
+            scales = self.scales.to(dtype).unsqueeze(2).unbind(1)
             neurons = [
                 _neurons(kink, self.owner, *of_layer)
                 for kink, *of_layer in zip(self.images.kinks, *parts, scales, strict=True)
@@ -362,7 +367,10 @@ class Batch:
             alpha, beta = alpha.detach().requires_grad_(), beta.detach().requires_grad_()
             with torch.enable_grad():  # whatever the caller's mode
                 lower, _, weights = batch._evaluate(self.images.proof.search, alpha, beta, taps=taps)
-                by_alpha, by_beta = torch.autograd.grad(lower.sum(), (alpha, beta))
+                # Without kinks nothing depends on them.
+                by_alpha, by_beta = (
+                    torch.autograd.grad(lower.sum(), (alpha, beta)) if self.images.kinks else (alpha, beta)
+                )
             lower, weights, alpha, beta = lower.detach(), weights.detach(), alpha.detach(), beta.detach()
             better = lower > best.lower[rows]
             kept = rows[better]
@@ -395,7 +403,7 @@ class Batch:
             above_kink = value - torch.addcmul(layer.fixed, layer.free, a) * z
             below_chord = layer.chord_slope * z + layer.chord_offset - value
             slack = below_chord * (-weights).clamp(min=0) + above_kink * weights.clamp(min=0)
-            slacks.append(torch.where(layer.free > 0, slack, -1))
+            slacks.append(torch.where(layer.free > 0, slack.clamp(min=0), -1))
             sizes.append(weights.abs().mean(1, keepdim=True) if weights.shape[1] else a.new_ones(len(a), 1))
         return torch.cat(slacks, dim=1), torch.cat(sizes, dim=1)
 

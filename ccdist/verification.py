@@ -18,6 +18,7 @@ from torch import Tensor
 from ccdist.bounds import logit_difference_lower_bounds
 from ccdist.branch_and_bound import Counts, Outcome, branch_and_bound
 from ccdist.config import ThreatModel, VerifyConfig
+from ccdist.device_memory import is_out_of_memory
 from ccdist.networks import Network
 from ccdist.precision import exact_float32
 from ccdist.rungs import RUNGS, Chunk, Verified
@@ -186,7 +187,7 @@ class _Ladder:
             chunk = self._chunk(indices)
             self._take(indices, _shown(chunk, RUNGS[rung](chunk)))
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         else:
             return True
@@ -224,7 +225,7 @@ class _Ladder:
                 entered, state=None if self.state is None else self.state.branch_and_bound, on_round=on_round
             )
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             outcomes = []  # what was decided is, the others stay open
         decide(outcomes, last=True)
@@ -303,14 +304,6 @@ def _finding(outcome: Outcome) -> Finding:
         point = outcome.counterexample
         return replace(common, verdict=Verdict.FALSIFIED, method=BRANCH_AND_BOUND, point=point)
     return common
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of a GPU, of PyTorch's own allocator on the CPU, or of Python."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    told = str(error)
-    return any(words in told for words in ("DefaultCPUAllocator", "out of memory", "_STATUS_ALLOC_FAILED"))
 
 
 def quick_accuracies(

@@ -1,7 +1,6 @@
 """The frontier: the worst bound first, the older of equals; rows that come back as they went in."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -96,8 +95,3 @@ def test_nothing_to_pop() -> None:
     assert len(bounds) == len(rows) == 0
     assert frontier.lowest == np.inf
     assert len(Frontier.restored(*frontier.arrays(), 7)) == 0
-
-
-def test_as_many_bounds_as_rows() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        Frontier().push(np.zeros(2), numbered(0, 3))

@@ -14,6 +14,8 @@ from ccdist.leaf_program import solve_leaf
 from ccdist.networks import Residual
 from ccdist.subproblems import Batch
 
+pytestmark = pytest.mark.timeout(20)
+
 # The solver's tolerance for constraints, times multipliers of some hundred.
 SOLVER_ROUNDING = 1e-5
 
@@ -108,21 +110,19 @@ def leaves(seeds: range) -> list[tuple[Drawn, int, Tensor]]:
     return found
 
 
-@pytest.mark.timeout(20)
 def test_a_leaf_is_the_optimum_of_its_program() -> None:
     kinds = {"proved": 0, "refuted": 0, "empty": 0}
     for one, row, signs in leaves(range(24)):
         least = optimum(one, row, signs)
         alpha, beta = (values[[row]] for values in start(one))
-        proved, lower, point = solve_leaf(one_row(one.batch, row, signs), alpha, beta)
+        lower, point = solve_leaf(one_row(one.batch, row, signs), alpha, beta)
         if np.isinf(least):  # the bound grows with the price of a violation
             kinds["empty"] += 1
         else:
             scale = SOLVER_ROUNDING * (1 + abs(least))
             assert lower <= least + 1e-9
             assert lower >= least - scale - 1e-3
-            assert proved == (lower > 0)
-            kinds["proved" if proved else "refuted"] += 1
+            kinds["proved" if lower > 0 else "refuted"] += 1
             box = one.case.region
             image = int(one.batch.owner[row])
             assert (point[0] >= box.lower[image] - SOLVER_ROUNDING).all()  # type: ignore[union-attr]
@@ -144,7 +144,7 @@ def test_a_proof_is_one_whatever_the_solver_says(monkeypatch: pytest.MonkeyPatch
             self.status = status
             self.x = np.full(pixels + 1, 0.5)
             self.ineqlin = self
-            self.marginals = -(torch.rand(count, generator=generator).double() * 10 - 2).exp().numpy()
+            self.marginals = torch.randn(count, generator=generator).double().numpy() * 30  # of either sign
 
     for status in (0, 4):
         monkeypatch.setattr(
@@ -152,13 +152,11 @@ def test_a_proof_is_one_whatever_the_solver_says(monkeypatch: pytest.MonkeyPatch
         )
         for one, row, signs, least in cases:
             alpha, beta = (values[[row]] for values in start(one))
-            proved, lower, _ = solve_leaf(one_row(one.batch, row, signs), alpha, beta)
+            lower, _ = solve_leaf(one_row(one.batch, row, signs), alpha, beta)
             assert lower <= least + 1e-9
-            assert not (proved and least <= 0)
-            assert status == 0 or not proved
+            assert status == 0 or lower == -np.inf
 
 
-@pytest.mark.timeout(20)
 def test_over_a_ball_a_leaf_is_sound() -> None:
     for seed in range(6):
         one = drawn(seed, activations=[nn.ReLU()], norm="l2")
@@ -170,9 +168,8 @@ def test_over_a_ball_a_leaf_is_sound() -> None:
         margins = torch.stack([one.margins(one.case.network, p) for p in points])
         signs = torch.where(one.free()[0], torch.where(inputs[0, 0] >= 0, 1, -1), 0)
         alpha, beta = (values[[0]] for values in start(one))
-        proved, lower, point = solve_leaf(one_row(one.batch, 0, signs), alpha, beta)
+        lower, point = solve_leaf(one_row(one.batch, 0, signs), alpha, beta)
         inside = ((inputs[:, 0] * signs >= 0) | (signs == 0)).all(1)
         assert inside[0]
         assert (margins[inside, 0] >= lower).all()
-        assert proved == (lower > 0)
         assert ((point >= 0) & (point <= 1)).all()

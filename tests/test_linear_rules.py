@@ -20,10 +20,12 @@ from ccdist.networks import Network, Residual
 from ccdist.subproblems import leaves
 from ccdist.threats import L2Ball
 
+pytestmark = pytest.mark.timeout(20)
+
 # Two routes of float64 sums of some hundred terms of order one.
 ROUNDING = 1e-10
 # Cheap networks, of which a few hundred are wanted whatever the profile.
-MANY = settings(max_examples=max(60, settings.default.max_examples))
+MANY = settings(max_examples=max(40, settings.default.max_examples))
 
 
 def zeros(weights: Tensor) -> Tensor:

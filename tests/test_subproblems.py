@@ -18,7 +18,9 @@ from ccdist.proved_bounds import crown, root_batch, tightened
 from ccdist.rounding import GuardedBounds, guarded_bounds
 from ccdist.subproblems import Batch, Images, float32_below
 
-MANY = settings(max_examples=max(40, settings.default.max_examples))
+pytestmark = pytest.mark.timeout(20)
+
+MANY = settings(max_examples=max(30, settings.default.max_examples))
 SOME = settings(max_examples=max(15, settings.default.max_examples // 3))
 # The same float64 sums in another order.
 ROUNDING = 1e-10
@@ -104,7 +106,6 @@ def random_numbers(one: Drawn, generator: torch.Generator) -> tuple[Tensor, Tens
 # --- Soundness
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("tighten", [True, False], ids=["crown", "ibp"])
 @MANY
 @given(seed=st.integers(0, 2**31 - 1))
@@ -227,7 +228,6 @@ def test_bounds_and_gradients_equal_a_plain_formula(seed: int) -> None:
         torch.testing.assert_close(ours, plain, rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.timeout(20)
 @SOME
 @given(seed=st.integers(0, 2**31 - 1))
 def test_gradients_equal_finite_differences(seed: int) -> None:
