@@ -182,12 +182,13 @@ def unpack(stack: Stack, taken: Sequence[tuple[int, np.ndarray, np.ndarray]]) ->
     signs = np.zeros((len(owner), sum(stack.images.widths)), dtype=np.int8)
     alpha, beta = np.zeros(signs.shape, dtype=np.float32), np.zeros(signs.shape, dtype=np.float32)
     lower, upper = box.lower[owner].cpu().numpy(), box.upper[owner].cpu().numpy()
+    batch: tuple[np.ndarray, ...] = (signs, lower, upper, alpha, beta)
     specs, candidates, start = [], [], 0
     for place, bounds, packed in taken:
         columns = stack.columns[place]
         row, here = Row.unpacked(packed, len(columns)), slice(start, start + len(bounds))
         own = (row.signs, row.lower, row.upper, row.alpha, row.beta)
-        for stacked, values in zip((signs, lower, upper, alpha, beta), own, strict=True):
+        for stacked, values in zip(batch, own, strict=True):
             stacked[here, columns] = values
         specs.append(row.specs.astype(np.int64))
         candidates.append(np.where(row.candidates >= 0, columns[row.candidates] if len(columns) else -1, -1))

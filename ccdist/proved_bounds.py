@@ -182,6 +182,8 @@ def sloped(
     """alpha-CROWN of the specifications that `known` leaves open; the others get `known`."""
     lower, allowance = known[0].clone(), known[1].clone()
     images = Images.of(proof, region, guarded.steps)
+    if any(kink.slope > 1 for kink in images.kinks):  # sub-problems know convex kinks only
+        return known
     owner, specs = (~(lower > allowance)).nonzero().unbind(1)
     for pairs in torch.arange(len(owner), device=owner.device).split(chunk_rows(guarded)):
         if len(pairs) == 0:  # how split() cuts nothing

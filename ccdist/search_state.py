@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ccdist.branching import OpenImage
-from ccdist.checkpoint import load_state, save_state, weights_sha256
+from ccdist.checkpoint import CorruptCheckpointError, load_state, save_state, weights_sha256
 from ccdist.config import BranchAndBoundConfig, ThreatModel, fingerprint
 from ccdist.frontier import Frontier
 from ccdist.interval import Interval
@@ -28,7 +28,7 @@ from ccdist.rounding import GuardedBounds
 # Seconds between two states, and at least so many times what writing the last one took.
 INTERVAL_S, PATIENCE = 2.0, 20.0
 # OpenImage fields that are plain numbers.
-_NUMBERS = ("position", "target", "root", "proved", "branches", "seconds", "stuck")
+_NUMBERS = ("position", "target", "assumed", "root", "proved", "branches", "seconds", "stuck")
 
 
 def identity_of(
@@ -40,8 +40,9 @@ def identity_of(
         return hashlib.sha256(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
     return {
-        "network": weights_sha256(network),
-        "images": digest(images),
+        # Layers too: another activation over the same weights is another network.
+        "network": hashlib.sha256(f"{network!r} {weights_sha256(network)}".encode()).hexdigest(),
+        "images": f"{tuple(images.shape)} {digest(images)}",
         "labels": digest(labels),
         "threat": str(threat),
         "config": fingerprint(config),
@@ -93,7 +94,8 @@ class SearchState:
             "outcomes": outcomes,
             "seconds": seconds,
         }
-        save_state(self._rounds, tensors, {"search": json.dumps(content)})
+        text = json.dumps(content)
+        save_state(self._rounds, tensors, {"search": text, "search_sha256": _text_sha256(text)})
         for position in self._stored - {image.position for image in opened}:
             self._root(position).unlink(missing_ok=True)
             self._stored.discard(position)
@@ -110,6 +112,10 @@ class SearchState:
         if not self._rounds.exists():
             return None
         tensors, metadata = load_state(self._rounds)
+        if metadata.get("search_sha256") != _text_sha256(metadata["search"]):
+            raise CorruptCheckpointError(
+                f"{self._rounds} is damaged (its header has another hash); delete {self.folder}"
+            )
         content = json.loads(metadata["search"])
         differing = [key for key, value in self.identity.items() if content["identity"].get(key) != value]
         if differing:
@@ -147,6 +153,10 @@ class SearchState:
 
     def _root(self, position: int) -> Path:
         return self.folder / f"image-{position}.safetensors"
+
+
+def _text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _root_tensors(image: OpenImage) -> dict[str, Tensor]:

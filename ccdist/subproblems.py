@@ -360,6 +360,7 @@ class Batch:
             points=torch.zeros((len(self), *self.images.region.shape[1:]), dtype=alpha.dtype, device=alpha.device),
             sizes=torch.ones_like(self.scales),
         )
+        alpha, beta = alpha.clone(), beta.clone()  # moved in place below
         rows, batch, rate = torch.arange(len(self), device=alpha.device), self, 1.0
         moments = [torch.zeros_like(alpha) for _ in range(4)]
         for step in range(1, steps + 1):
@@ -405,7 +406,8 @@ class Batch:
             slack = below_chord * (-weights).clamp(min=0) + above_kink * weights.clamp(min=0)
             slacks.append(torch.where(layer.free > 0, slack.clamp(min=0), -1))
             sizes.append(weights.abs().mean(1, keepdim=True) if weights.shape[1] else a.new_ones(len(a), 1))
-        return torch.cat(slacks, dim=1), torch.cat(sizes, dim=1)
+        nothing = alpha.new_zeros(len(alpha), 0)
+        return torch.cat([nothing, *slacks], dim=1), torch.cat([nothing, *sizes], dim=1)
 
 
 def attained(region: Region, weights: Tensor) -> Tensor:
@@ -463,10 +465,11 @@ def _neurons(kink: KinkLayer, owner: Tensor, sign: Tensor, lower: Tensor, upper:
     known = (low == 0).to(sign.dtype) - ((high == 0) & (low != 0)).to(sign.dtype)
     given = sign + (sign == 0) * known
     free = (given == 0).to(sign.dtype)
-    through = (given > 0) + (given < 0) * kink.slope  # slope where the sign is known
-    passing = (kink.lower >= 0).to(sign.dtype) + (kink.lower < 0) * kink.slope
+    # Slope where the sign is known. Masks become numbers first: a mask times a Python number would be float32.
+    through = (given > 0).to(sign.dtype) + (given < 0).to(sign.dtype) * kink.slope
+    passing = (kink.lower >= 0).to(sign.dtype) + (kink.lower < 0).to(sign.dtype) * kink.slope
     return _Neurons(
-        passing=passing[owner].to(sign.dtype),
+        passing=passing[owner],
         index=kink.index[owner],
         fixed=through + free * kink.slope,
         free=free * (1 - kink.slope),
