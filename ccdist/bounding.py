@@ -137,11 +137,20 @@ class Bounder:
             torch.full((len(owner), self.config.candidates), -1, device=alpha.device),
         )
 
+        sizes = torch.zeros(len(stack.opened), len(stack.images.kinks), device=alpha.device)
+
+        def note(problems: SubProblems, left: Left) -> None:
+            """What assumes nothing of the margin: the worst root bound of each image, the size of its weights."""
+            for place, margin in zip(problems.owner.tolist(), left.margins.tolist(), strict=True):
+                stack.opened[place].worst_root = min(stack.opened[place].worst_root, margin)
+            for place in left.problems.owner.unique().tolist():
+                sizes[place] = torch.maximum(sizes[place], left.sizes[left.problems.owner == place].amax(0))
+
         def search(problems: SubProblems) -> None:
             for cycle in range(ROOT_CYCLES):
                 left = self.bounded(stack, problems, self.config.root_steps, clip_all=True)
-                if cycle == 0:  # nothing was assumed of the margin yet
-                    _note_roots(stack, problems, left)
+                if cycle == 0:
+                    note(problems, left)
                 again = (left.progress > WORTH_A_CYCLE) | (cycle == 0)
                 push(stack, left.problems.select(~again))
                 problems = left.problems.select(again)
@@ -150,6 +159,8 @@ class Bounder:
             push(stack, problems)
 
         self.in_pieces(stack, roots, search)
+        for image, size in zip(stack.opened, sizes, strict=True):
+            image.scales = size.masked_fill(size == 0, 1.0)
         for image in (image for image in stack.opened if not image.stuck):
             image.root = max(image.root, min(image.proved, image.worst_root))
 
@@ -202,13 +213,14 @@ class Bounder:
 
     def _note(self, stack: Stack, owner: Tensor, expected: Tensor, bound: ProvedBound) -> None:
         """Each image's worst proved margin; and a higher target where float32 expected a proof that rounding denies."""
-        margins = bound.margin
-        for row in ((margins > 0) | expected).nonzero().squeeze(1).tolist():
-            image, margin = stack.opened[int(owner[row])], float(margins[row])
+        rows = ((bound.margin > 0) | expected).nonzero().squeeze(1)
+        noted = (owner[rows].tolist(), bound.margin[rows].tolist(), bound.allowance[rows].tolist())
+        for place, margin, allowance in zip(*noted, strict=True):
+            image = stack.opened[place]
             if margin > 0:
                 image.proved = min(image.proved, margin)
             else:
-                image.target = max(image.target, TARGET_ALLOWANCES * float(bound.allowance[row]))
+                image.target = max(image.target, TARGET_ALLOWANCES * allowance)
 
     def without_leaves(self, stack: Stack, problems: SubProblems) -> SubProblems:
         """Sub-problems with no neuron left are linear programs, solved one by one; the others are returned."""
@@ -252,12 +264,3 @@ class Bounder:
             image = stack.opened[int(owner[row])]
             if image.counterexample is None:
                 image.counterexample = moved[row].detach().cpu()
-
-
-def _note_roots(stack: Stack, problems: SubProblems, left: Left) -> None:
-    """The worst root bound of each image, and how large the weights of its layers are."""
-    for owner, margin in zip(problems.owner.tolist(), left.margins.tolist(), strict=True):
-        image = stack.opened[owner]
-        image.worst_root = min(image.worst_root, margin)
-    for owner, size in zip(left.problems.owner.tolist(), left.sizes, strict=True):
-        stack.opened[owner].scales = torch.maximum(stack.opened[owner].scales * (stack.opened[owner].scales != 1), size)

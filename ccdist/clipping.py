@@ -18,7 +18,6 @@ Source: the constraint margin <= t on intermediate bounds is that of Kotha et al
 form with one multiplier is in the spirit of Zhou et al., 2025 (Clip-and-Verify).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +25,12 @@ from torch import Tensor
 
 from ccdist.interval import Interval
 from ccdist.linear_bounds import has_kink
-from ccdist.linear_rules import Back, Step, backward_from
 from ccdist.proof_network import ProofNetwork
 from ccdist.proved_bounds import linear_steps
 from ccdist.rounding import GuardedBounds
 from ccdist.subproblems import float32_below
 from ccdist.threats import L2Ball, Region
+from ccdist.unit_bounds import UnitBounds, unit_bounds, with_nothing
 
 # gamma in units of |G r| / |c r|. A large one cuts at the very corner where the bound is attained.
 MULTIPLIERS = (1.0, 4.0, 16.0, 64.0, 256.0)
@@ -42,32 +41,10 @@ CHUNK_NUMBERS = 2**20
 
 
 @dataclass(frozen=True)
-class LayerBounds:
-    """Linear bounds of the n neurons of one layer over the region of one image, in float64.
-
-    z >= weights[0] x + offset[0]   and   -z >= weights[1] x + offset[1],   less their rounding already.
-
-    support: the pixels that a neuron sees; the weights of all others are 0.
-    """
-
-    weights: Tensor  # [2, n, S]
-    offset: Tensor  # [2, n]
-    support: Tensor  # [n, S]
-
-    @classmethod
-    def of(cls, weights: Tensor, offset: Tensor) -> "LayerBounds":
-        """From weights [2, n, P] of all pixels; pixels that only some neurons see fill up the supports."""
-        seen = (weights != 0).any(0)
-        width = int(seen.sum(1).max()) if len(seen) else 0
-        support = torch.argsort((~seen).to(torch.int8), dim=1, stable=True)[:, :width]
-        return cls(weights.gather(2, support.expand(2, -1, -1)), offset, support)
-
-
-@dataclass(frozen=True)
 class NeuronBounds:
     """Linear bounds of all neurons of one image, layer by layer."""
 
-    layers: list[LayerBounds]
+    layers: list[UnitBounds]
 
     @classmethod
     def of(cls, proof: ProofNetwork, guarded: GuardedBounds, chunk: int) -> "NeuronBounds":
@@ -83,27 +60,9 @@ class NeuronBounds:
             places = torch.arange(shape.numel(), device=step.box.lower.device).view(shape)
             order = places.permute(1, 2, 0).flatten() if len(shape) == 3 else places.flatten()
             unstable = ((step.box.lower[0] < 0) & (step.box.upper[0] > 0)).flatten()
-            parts = [
-                _rows(proof, steps[:number], number, shape, some)
-                for some in order[unstable[order]].split(max(1, chunk // 2))
-            ]
-            weights, offset = (torch.cat(same, dim=1) for same in zip(*parts, strict=True))
-            layers.append(LayerBounds.of(weights, offset))
+            units = order[unstable[order]]
+            layers.append(unit_bounds(proof, steps[:number], number, shape, units, chunk))
         return cls(layers)
-
-
-def _rows(
-    proof: ProofNetwork, steps: Sequence[Step], start: int, shape: torch.Size, units: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(weights [2, n, P], offset [2, n]) of z and -z."""
-    count = len(units)
-    weights = proof.exact.head.weight.new_zeros(1, 2, count, shape.numel())
-    weights[0, :, torch.arange(count, device=units.device), units] = weights.new_tensor([[1.0], [-1.0]])
-    nothing = weights.new_zeros(1, 2 * count)
-    bound = backward_from(
-        proof.exact.features, start, Back(weights.view(1, 2 * count, *shape), nothing, nothing), steps
-    )
-    return bound.weights.flatten(2).unflatten(1, (2, count)).squeeze(0), (bound.offset - bound.allowance).view(2, count)
 
 
 @dataclass(frozen=True)
@@ -148,12 +107,12 @@ def clipped(bounds: NeuronBounds, region: Region, half: HalfSpace, box: Interval
 
 @dataclass(frozen=True)
 class _Ground:
-    """A region and half-spaces about its centre: center, radius [P]; c r, its size [D], c center + excess [D]."""
+    """A region and half-spaces about its centre; center and radius are [P + 1], the last for no pixel."""
 
     center: Tensor
     radius: Tensor
     euclidean: bool
-    weights: Tensor  # [D, P] c r
+    weights: Tensor  # [D, P + 1] c r
     size: Tensor  # [D] the norm of c r, dual to that of the region
     slope: Tensor
     terms: Tensor  # [D] sum of the absolute terms of slope
@@ -163,16 +122,17 @@ class _Ground:
         center = region.center.flatten()
         euclidean = isinstance(region, L2Ball)
         radius = torch.full_like(center, region.epsilon) if isinstance(region, L2Ball) else region.radius.flatten()
-        weights = half.weights * radius
+        weights = with_nothing(half.weights * radius)
         slope, terms = half.weights @ center + half.excess, half.weights.abs() @ center.abs() + half.excess.abs()
-        return cls(center, radius, euclidean, weights, _size(weights, euclidean), slope, terms)
+        size = _size(weights, euclidean)
+        return cls(with_nothing(center), with_nothing(radius), euclidean, weights, size, slope, terms)
 
     def select(self, rows: Tensor) -> "_Ground":
         chosen = (values[rows] for values in (self.weights, self.size, self.slope, self.terms))
         return _Ground(self.center, self.radius, self.euclidean, *chosen)
 
 
-def _least_over(layer: LayerBounds, picked: Tensor, ground: _Ground) -> Tensor:
+def _least_over(layer: UnitBounds, picked: Tensor, ground: _Ground) -> Tensor:
     """[2, D, K] lower bounds of some neurons' z and -z over the region and each sub-problem's half-space.
 
     gamma * slope + G center + h - ||(G + gamma c) r||;   outside a neuron's support only gamma c r is left.

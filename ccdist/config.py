@@ -294,6 +294,9 @@ class BranchAndBoundConfig(Config):
     round_size: int = Field(64, ge=1, description="sub-problems of one image that a round splits, at first")
 
 
+# Activations that are piecewise linear with their kink at 0.
+KINKED: tuple[Activation, ...] = ("relu", "leaky_relu")
+
 Rung = Literal["pgd", "ensemble", "ibp", "crown", "alpha_crown", "branch_and_bound"]
 
 
@@ -313,6 +316,18 @@ class VerificationOptions(Config):
         if len(set(value)) != len(value):
             raise ValueError(f"{list(value)} name one twice; each is climbed once")
         return value
+
+    def check_activation(self, activation: Activation) -> None:
+        """Refuse a rung that networks with this activation cannot climb, before anything is trained.
+
+        Raises:
+            ValueError: branch and bound meets an activation without a kink.
+        """
+        if "branch_and_bound" in self.rungs and activation not in KINKED:
+            raise ValueError(
+                f"rung branch_and_bound splits {' and '.join(KINKED)} at 0; activation {activation} has no such point: "
+                "leave the rung out"
+            )
 
 
 class VerifyConfig(VerificationOptions):

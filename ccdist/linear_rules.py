@@ -33,22 +33,29 @@ class Relaxation(Protocol):
         """Of some images."""
         ...
 
+    def lines(self) -> Lines:
+        """The line below and the line above."""
+        ...
+
 
 @dataclass(frozen=True)
 class EnclosingLines:
     """Two lines for each unit: weights above 0 take the lower one, weights below 0 the upper one; [B, ...]."""
 
-    lines: Lines
+    enclosing: Lines
 
     def through(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         positive, negative = weights.clamp(min=0), weights.clamp(max=0)
-        lines = self.lines
+        lines = self.enclosing
         back = positive * lines.lower_slope.unsqueeze(1) + negative * lines.upper_slope.unsqueeze(1)
         offset = positive * lines.lower_offset.unsqueeze(1) + negative * lines.upper_offset.unsqueeze(1)
         return back, sum_features(offset)
 
     def select(self, rows: Tensor) -> "EnclosingLines":
-        return EnclosingLines(Lines(*(getattr(self.lines, part.name)[rows] for part in fields(self.lines))))
+        return EnclosingLines(Lines(*(getattr(self.enclosing, part.name)[rows] for part in fields(Lines))))
+
+    def lines(self) -> Lines:
+        return self.enclosing
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,11 @@ class KinkLines:
 
     def select(self, rows: Tensor) -> "KinkLines":
         return KinkLines(self.chord_slope[rows], self.chord_offset[rows], self.kink_slope[rows], self.convex)
+
+    def lines(self) -> Lines:
+        through_kink = (self.kink_slope, torch.zeros_like(self.kink_slope))
+        chord = (self.chord_slope, self.chord_offset)
+        return Lines(*through_kink, *chord) if self.convex else Lines(*chord, *through_kink)
 
 
 def adaptive_kink(box: Interval) -> Tensor:

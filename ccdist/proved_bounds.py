@@ -14,11 +14,12 @@ from torch import Tensor
 from ccdist.bounds import difference_weights, elided_lower_bounds
 from ccdist.interval import Interval
 from ccdist.linear_bounds import has_kink, least, relaxation
-from ccdist.linear_rules import Back, Step, backward, backward_from
+from ccdist.linear_rules import Back, Step, backward
 from ccdist.proof_network import ProofNetwork
 from ccdist.rounding import GuardedBounds, GuardedStep, guarded_bounds, guarded_ibp, head_error
 from ccdist.subproblems import Batch, Images, Objective
 from ccdist.threats import L2Ball, Region
+from ccdist.unit_bounds import unit_bounds
 
 BoundRung = Literal["ibp", "crown", "alpha_crown"]
 Proved = tuple[Float[Tensor, "B J"], Float[Tensor, "B J"]]
@@ -129,27 +130,11 @@ def tightened(proof: ProofNetwork, region: Region, guarded: GuardedBounds) -> Gu
             here = torch.tensor([image], device=lower.device)
             units = ((lower[image] < 0) & (upper[image] > 0)).flatten().nonzero().squeeze(1)
             part, some = _steps_of(before, here), select_region(region, here)
-            for chunk in units.split(max(1, rows // 2)):
-                found = _unit_bounds(proof, some, part, number, lower[image].shape, chunk)
-                for old, new, pick in ((lower, found.lower, torch.maximum), (upper, found.upper, torch.minimum)):
-                    old[image].view(-1)[chunk] = pick(old[image].view(-1)[chunk], new)
+            above, below = unit_bounds(proof, part, number, lower.shape[1:], units, rows).least(some)
+            for old, new, pick in ((lower, above, torch.maximum), (upper, -below, torch.minimum)):
+                old[image].view(-1)[units] = pick(old[image].view(-1)[units], new)
         steps[number] = replace(step, box=Interval(lower, upper))
     return replace(guarded, steps=steps)
-
-
-def _unit_bounds(
-    proof: ProofNetwork, region: Region, steps: list[Step], start: int, shape: torch.Size, units: Tensor
-) -> Interval:
-    """CROWN bounds of some inputs of leaf number `start`, for one image; rounding is taken off."""
-    count = len(units)
-    weights = proof.exact.head.weight.new_zeros(1, 2, count, shape.numel())
-    weights[0, :, torch.arange(count), units] = weights.new_tensor([[1.0], [-1.0]])
-    nothing = weights.new_zeros(1, 2 * count)
-    bound = Back(weights.view(1, 2 * count, *shape), nothing, nothing)
-    bound = backward_from(proof.exact.features, start, bound, steps)
-    lower = least(bound.weights, region) + bound.offset - bound.allowance
-    above, below = lower.view(2, count)
-    return Interval(above, -below)
 
 
 def _steps_of(steps: Sequence[Step], images: Tensor) -> list[Step]:

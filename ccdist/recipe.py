@@ -42,6 +42,7 @@ class Recipe(Config):
         self.student.check_threat(self.threat)
         if self.needs_teacher:
             self.teacher.check_threat(self.threat)
+        self.verification.check_activation(self.student.network.activation)
         return self
 
     @property
@@ -91,6 +92,8 @@ class RecipeFile(Config):
             )
         if self.needs_teacher and self.teacher is not None:
             self.teacher.check_threat(self.threat)
+        if self.verification is not None:
+            self.verification.check_activation(self.network.activation)
         return self
 
     @property

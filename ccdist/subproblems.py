@@ -206,6 +206,9 @@ class _ThroughNeurons:
     def select(self, rows: Tensor) -> "Relaxation":
         raise NotImplementedError("a batch of sub-problems is selected as a whole")
 
+    def lines(self) -> Lines:
+        raise NotImplementedError("sub-problems keep the lines of their neurons only")
+
     def through(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         shape = weights.shape[2:]
         out, offset = _Through.apply(flat(weights.squeeze(1)), self.alpha, self.beta, self.neurons, self.tap)

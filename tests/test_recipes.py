@@ -55,6 +55,10 @@ def out(tmp_path: Path) -> Path:
         (["network.width=abc"], "error: network.width: 'abc' is not allowed"),
         (["verification.rungs=[pgd,pgd]"], "error: verification.rungs: ['pgd', 'pgd'] name one twice"),
         (
+            ["verification.rungs=[crown,branch_and_bound]", "network.activation=tanh"],
+            "rung branch_and_bound splits relu and leaky_relu at 0; activation tanh has no such point",
+        ),
+        (
             ["threat={norm: l2, epsilon: 0.5}", "student.loss={kind: sabr, subbox: 0.5}"],
             "error: loss sabr has no form for norm l2: its small box is one of l_inf; use linf",
         ),
