@@ -31,7 +31,7 @@ from ccdist.proved_bounds import (
     tightened,
 )
 from ccdist.rounding import GuardedBounds, guarded_bounds
-from ccdist.subproblems import ProvedBound
+from ccdist.subproblems import ProvedBound, float32_below
 from ccdist.threats import Region
 
 # Bounding a root again with the neurons' bounds that it has tightened: at most so often, while that closes such a share
@@ -93,7 +93,7 @@ class Bounder:
             done = margins[row][margins[row] > 0]
             image.proved = float(done.min()) if len(done) else math.inf
         known = torch.tensor([not image.stuck for image in opened], device=lower.device)
-        self._search_roots(self.stacked(opened), lower.float(), ~(margins > 0) & known.unsqueeze(1))
+        self._search_roots(self.stacked(opened), float32_below(margins), ~(margins > 0) & known.unsqueeze(1))
         return opened
 
     def unbounded(self, positions: Sequence[int]) -> list[OpenImage]:
@@ -195,13 +195,12 @@ class Bounder:
         batch, target = stack.batch(problems), stack.targets[problems.owner]
         found = batch.optimize(problems.alpha, problems.beta, steps, target)
         bound = batch.proved(found.alpha, found.beta)
-        self._note(stack, problems.owner, found.lower > target, bound)
+        self._note(stack, problems.owner, found.lower, bound)
         rest = (~(bound.margin > 0)).nonzero().squeeze(1)  # NaN proves nothing
         left = problems.select(rest)
-        gap = (target[rest] - left.lower).clamp(min=1e-30)
-        progress = (found.lower[rest] - left.lower) / gap
-        left.alpha, left.beta = found.alpha[rest], found.beta[rest]
-        left.lower = torch.maximum(left.lower, found.lower[rest])
+        lower = torch.maximum(left.lower, float32_below(bound.margin[rest]).nan_to_num(nan=-torch.inf))
+        progress = (lower - left.lower) / (target[rest] - left.lower).clamp(min=1e-30)
+        left.alpha, left.beta, left.lower = found.alpha[rest], found.beta[rest], lower
         self._look_for_counterexamples(stack, left.owner, found.points[rest])
         slack = found.slack[rest]
         columns = candidates_of(slack, slack.shape[1] if clip_all else CLIPPED_NEURONS)
@@ -212,15 +211,17 @@ class Bounder:
         return Left(left.select(some), bound.margin, progress[some], found.sizes[rest][some])
 
     def _note(self, stack: Stack, owner: Tensor, expected: Tensor, bound: ProvedBound) -> None:
-        """Each image's worst proved margin; and a higher target where float32 expected a proof that rounding denies."""
-        rows = ((bound.margin > 0) | expected).nonzero().squeeze(1)
-        noted = (owner[rows].tolist(), bound.margin[rows].tolist(), bound.allowance[rows].tolist())
-        for place, margin, allowance in zip(*noted, strict=True):
+        """Each image's worst proved margin; and a higher target where float32 expected a proof that float64 denies."""
+        surprise = (expected > stack.targets[owner]) & ~(bound.margin > 0)
+        rows = ((bound.margin > 0) | surprise).nonzero().squeeze(1)
+        needed = TARGET_ALLOWANCES * bound.allowance + (expected - bound.lower).clamp(min=0)
+        noted = (owner[rows].tolist(), bound.margin[rows].tolist(), needed[rows].tolist())
+        for place, margin, target in zip(*noted, strict=True):
             image = stack.opened[place]
             if margin > 0:
                 image.proved = min(image.proved, margin)
             else:
-                image.target = max(image.target, TARGET_ALLOWANCES * allowance)
+                image.target = max(image.target, target)
 
     def without_leaves(self, stack: Stack, problems: SubProblems) -> SubProblems:
         """Sub-problems with no neuron left are linear programs, solved one by one; the others are returned."""
@@ -229,7 +230,7 @@ class Bounder:
             one = problems.select(torch.tensor([row], device=leaf.device))
             image = stack.opened[int(one.owner)]
             margin, point = solve_leaf(stack.batch(one), one.alpha, one.beta)
-            image.proved = min(image.proved, margin)
+            image.proved = min(image.proved, -math.inf if math.isnan(margin) else margin)
             if not margin > 0:
                 self._look_for_counterexamples(stack, one.owner, point.to(one.alpha))
                 image.stuck = image.counterexample is None

@@ -70,7 +70,7 @@ class OpenImage:
     @property
     def lower_bound(self) -> float:
         """The best proved lower bound of the margin: that of the root, or of the worst sub-problem if higher."""
-        return max(self.root, min(self.assumed, self.proved, self.frontier.lowest - self.target))
+        return max(self.root, min(self.assumed, self.proved, self.frontier.lowest))
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class SubProblems:
     box: Interval  # [D, U] float32 bounds of the neurons' inputs, where the margin may be too small
     alpha: Tensor  # [D, U]
     beta: Tensor
-    lower: Tensor  # [D] float32, known from the parent
+    lower: Tensor  # [D] float32, proved: bound of the parent less its allowance
     candidates: Tensor  # [D, K] columns; -1: none
 
     def __len__(self) -> int:
@@ -269,10 +269,13 @@ def choose(stack: Stack, parents: SubProblems, chunk: int) -> Tensor:
 
 
 def children_of(parents: SubProblems, columns: Tensor) -> SubProblems:
-    """Both signs of each parent's column, side by side."""
+    """Both signs of each parent's column, side by side; the sign is in the neuron's bounds too."""
     both = parents.select(torch.arange(len(parents), device=columns.device).repeat_interleave(2))
-    sides = torch.tensor([1, -1], dtype=torch.int8, device=columns.device).repeat(len(parents))
-    both.signs[torch.arange(len(both), device=columns.device), columns.repeat_interleave(2)] = sides
+    above = torch.arange(0, len(both), 2, device=columns.device)
+    both.signs[above, columns], both.signs[above + 1, columns] = 1, -1
+    lower, upper = both.box.lower, both.box.upper
+    lower[above, columns] = lower[above, columns].clamp(min=0)
+    upper[above + 1, columns] = upper[above + 1, columns].clamp(max=0)
     return both
 
 

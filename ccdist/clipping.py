@@ -36,6 +36,8 @@ from ccdist.unit_bounds import UnitBounds, unit_bounds, with_nothing
 MULTIPLIERS = (1.0, 4.0, 16.0, 64.0, 256.0)
 # Share of all terms that the float64 evaluation of one row may miss by: sums of up to 10^6 terms.
 EVALUATION_SHARE = 2.0**-32
+# Share of a square that the rounding of sums of up to 10^4 squares may hide, with room.
+HIDDEN_SHARE = 2.0**-38
 # Numbers of one chunk of rows: what fits the caches of a processor.
 CHUNK_NUMBERS = 2**20
 
@@ -171,8 +173,13 @@ def _size(values: Tensor, euclidean: bool) -> Tensor:
 
 
 def _beside(whole: Tensor, part: Tensor, euclidean: bool) -> Tensor:
-    """The size of what is left of a vector without a part; never below the exact one by more than rounding."""
-    return (whole**2 - part**2).clamp(min=0).sqrt() if euclidean else (whole - part).clamp(min=0)
+    """The size of what is left of a vector without a part; never below the exact one by more than rounding.
+
+    A difference of squares hides what is left below a root of the rounding of the whole: that much is added.
+    """
+    if not euclidean:
+        return (whole - part).clamp(min=0)
+    return ((whole**2 - part**2).clamp(min=0) + HIDDEN_SHARE * whole**2).sqrt()
 
 
 def _together(one: Tensor, other: Tensor, euclidean: bool) -> Tensor:

@@ -380,15 +380,16 @@ class Batch:
             kept = rows[better]
             best.lower[kept], best.alpha[kept], best.beta[kept] = lower[better], alpha[better], beta[better]
             open_ = best.lower[rows] <= target[rows]
-            if step == steps:
+            last, few = step == steps or not open_.any(), open_.sum() < WORTH_DROPPING * len(open_)
+            if last or few:  # also of those that leave: float64 may deny what float32 expects
                 best.slack[rows], best.sizes[rows] = batch._slack(alpha, taps)
                 best.points[rows] = attained(batch._prepared(lower.dtype)[1], weights)
-            if step == steps or not open_.any():
+            if last:
                 break
             _adam(alpha, by_alpha, moments[0], moments[1], step, ALPHA_RATE * rate).clamp_(0, 1)
             _adam(beta, by_beta, moments[2], moments[3], step, BETA_RATE * rate).clamp_(min=0)
             rate *= RATE_DECAY
-            if open_.sum() < WORTH_DROPPING * len(open_):
+            if few:
                 batch, rows = batch.select(open_), rows[open_]
                 alpha, beta, moments = alpha[open_], beta[open_], [moment[open_] for moment in moments]
         return best
