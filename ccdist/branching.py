@@ -31,8 +31,8 @@ class OpenImage:
     target: float32 bounds above it go to their proof, in logits.
     assumed: the t of `ccdist.clipping`: what is proved after the first clip is that the margin is above t, not by how
         much.
-    root: bound proved before the first split; proved: the worst float64 bound of the sub-problems that have left;
-        both less their allowance.
+    root: bound proved of the whole region; worst_root: that of its worst specification, while they are bounded.
+    proved: the worst bound of the sub-problems that have left. All bounds are less their allowance.
     """
 
     position: int

@@ -13,7 +13,7 @@ from benchmarks.verification_models import ASSETS, MODELS, figures, stored_image
 from ccdist import checkpoint
 from ccdist.verdicts import Verdict
 
-NAME, IMAGES = "digits_mlp", 40
+NAME, IMAGES = "digits_mlp", 30
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ ACTIVATIONS = [nn.ReLU(), nn.LeakyReLU(0.3), nn.LeakyReLU(-0.4)]
 
 def options(**values: object) -> BranchAndBoundConfig:
     """Small rounds, so that there are many; no limit in time unless given."""
-    defaults = {"timeout_s": None, "max_branches": 60, "round_size": 2, "root_steps": 3, "steps": 3, "candidates": 3}
+    defaults = {"timeout_s": None, "max_branches": 32, "round_size": 2, "root_steps": 3, "steps": 3, "candidates": 3}
     return BranchAndBoundConfig(**(defaults | values))  # type: ignore[arg-type]
 
 
@@ -84,22 +84,23 @@ def test_the_cases_are_hard() -> None:
 # --- Soundness
 
 
+@pytest.mark.parametrize("seeds", [range(15), pytest.param(range(15, 75), marks=pytest.mark.slow)], ids=["15", "more"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_no_point_contradicts_an_outcome(norm: str) -> None:
+def test_no_point_contradicts_an_outcome(norm: str, seeds: range) -> None:
     certified = falsified = branched = 0
-    for seed in range(30):
+    for seed in seeds:
         case = deployed(seed, activations=ACTIVATIONS, norm=norm, batch=3)  # type: ignore[arg-type]
         if not any(isinstance(module, nn.ReLU | nn.LeakyReLU) for module in case.network.modules()):
             continue
-        found = outcomes(case, max_branches=60, root_steps=1, steps=2, candidates=1)
+        found = outcomes(case, root_steps=1, steps=2, candidates=1)
         assert [outcome.position for outcome in found] == [0, 1, 2]
         double = copy.deepcopy(case.network).double()
-        least = torch.full((3,), torch.inf).double()
-        for points in [*case.points(24, torch.Generator().manual_seed(seed)), *case.attacked(8)]:
-            for network in (case.network, double):
-                with torch.no_grad():
-                    logits = network(points.to(network.head.weight.dtype)).double()
-                least = torch.minimum(least, logit_differences(logits, case.labels).amin(1))
+        points = torch.cat([*case.points(24, torch.Generator().manual_seed(seed)), *case.attacked(8)])
+        labels, least = case.labels.repeat(len(points) // 3), torch.full((3,), torch.inf).double()
+        for network in (case.network, double):
+            with torch.no_grad():
+                logits = network(points.to(network.head.weight.dtype)).double()
+            least = torch.minimum(least, logit_differences(logits, labels).amin(1).view(-1, 3).amin(0))
         for outcome, margin in zip(found, least.tolist(), strict=True):
             assert not (outcome.certified and outcome.falsified)
             assert not (outcome.certified and margin <= 0), (seed, outcome)
@@ -108,7 +109,7 @@ def test_no_point_contradicts_an_outcome(norm: str) -> None:
             certified, falsified = certified + outcome.certified, falsified + outcome.falsified
             branched += outcome.branches > 0
         assert_confirmed(case, found)
-    assert min(certified, falsified, 5 * branched) >= 20, (certified, falsified, branched)
+    assert min(certified, falsified, 5 * branched) >= 0.6 * len(seeds), (certified, falsified, branched)
 
 
 def assert_confirmed(case: Deployed, found: list[Outcome]) -> None:
@@ -132,7 +133,7 @@ def assert_confirmed(case: Deployed, found: list[Outcome]) -> None:
 def test_without_limits_nothing_stays_open(activation: nn.Module) -> None:
     """Also where a leaf's program must decide: single steps leave gaps that only it closes."""
     images = torch.rand((6, 1, 2, 2), generator=torch.Generator().manual_seed(0))
-    for seed in [*range(5), 46]:
+    for seed in (0, 1, 46):
         network = mlp(seed, activation, width=10 if seed == 46 else 7, inputs=4)
         with torch.no_grad():
             labels = network(images).argmax(1)
@@ -147,7 +148,7 @@ def test_without_limits_nothing_stays_open(activation: nn.Module) -> None:
 def test_more_branches_lose_no_decision() -> None:
     case = hard()
     before: dict[int, Outcome] = {}
-    for limit in (1, 2, 3, 4, 6, 10, 24, 60):
+    for limit in (1, 2, 5, 12, 32):
         for outcome in outcomes(case, max_branches=limit):
             assert outcome.branches <= limit + limit % 2  # a split makes two
             known = before.get(outcome.position)
@@ -226,9 +227,9 @@ def test_an_outcome_does_not_depend_on_the_company(chunk: int | None, monkeypatc
     together = outcomes(case, max_branches=12)
     if chunk is not None:
         monkeypatch.setattr(Budget, "sub_problems", lambda *_: chunk)
-    for row, outcome in enumerate(together):
+    for row in (0, 4, 8, longest()):
         (alone,) = outcomes(case, [row], max_branches=12)
-        assert_same(outcome, alone)
+        assert_same(together[row], alone)
     order = [7, 3, 11, 0]
     for row, outcome in zip(order, outcomes(case, order, max_branches=12), strict=True):
         assert_same(together[row], outcome)

@@ -101,8 +101,7 @@ def leaves(seeds: range) -> list[tuple[Drawn, int, Tensor]]:
         if not free.any() or one.case.network.num_classes < 2:
             continue
         generator = torch.Generator().manual_seed(seed)
-        (point,) = one.case.points(1, generator)
-        own = one.neuron_inputs(one.case.network, point)[one.batch.owner]
+        own = one.neuron_inputs(one.case.network, one.case.points(1, generator))[0, one.batch.owner]
         for row in range(min(2, len(one.batch))):
             of_point = torch.where(own[row] >= 0, 1, -1)
             some = torch.where(torch.rand(of_point.shape, generator=generator) < 0.2, -of_point, of_point)
@@ -127,7 +126,7 @@ def test_a_leaf_is_the_optimum_of_its_program() -> None:
             image = int(one.batch.owner[row])
             assert (point[0] >= box.lower[image] - SOLVER_ROUNDING).all()  # type: ignore[union-attr]
             assert (point[0] <= box.upper[image] + SOLVER_ROUNDING).all()  # type: ignore[union-attr]
-            margin = float(one.margins(one.case.proof.exact, point.repeat(len(one.case.images), 1, 1, 1))[row])
+            margin = float(one.margins(one.case.proof.exact, point.repeat(1, len(one.case.images), 1, 1, 1))[0, row])
             assert margin == pytest.approx(least, abs=10 * scale + 1e-4)
     assert min(kinds.values()) >= 3, kinds
 
@@ -163,9 +162,9 @@ def test_over_a_ball_a_leaf_is_sound() -> None:
         if not one.free().any():
             continue
         generator = torch.Generator().manual_seed(seed)
-        points = [*one.case.points(8, generator), *one.case.attacked(3)]
-        inputs = torch.stack([one.neuron_inputs(one.case.network, p) for p in points])[:, one.batch.owner]
-        margins = torch.stack([one.margins(one.case.network, p) for p in points])
+        points = torch.stack([*one.case.points(8, generator), *one.case.attacked(3)])
+        inputs = one.neuron_inputs(one.case.network, points)[:, one.batch.owner]
+        margins = one.margins(one.case.network, points)
         signs = torch.where(one.free()[0], torch.where(inputs[0, 0] >= 0, 1, -1), 0)
         alpha, beta = (values[[0]] for values in start(one))
         lower, point = solve_leaf(one_row(one.batch, 0, signs), alpha, beta)

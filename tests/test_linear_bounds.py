@@ -16,6 +16,9 @@ from ccdist.networks import Network, Residual
 
 RELU = nn.ReLU()
 
+# Of tests that run once for each activation.
+SOME = settings(max_examples=max(10, settings.default.max_examples // 4))
+
 # The first optimiser of a process imports torch's compiler, which takes seconds.
 pytestmark = pytest.mark.timeout(20)
 
@@ -61,6 +64,7 @@ def two_inputs(seed: int, hidden: int = 6, activation: nn.Module = RELU) -> Netw
 
 
 @pytest.mark.parametrize("activation", strategies.ACTIVATIONS, ids=str)
+@SOME
 @given(seed=st.integers(0, 10_000), epsilon=st.sampled_from([0.01, 0.1, 0.5]))
 def test_no_grid_point_of_a_2_input_network_is_below_the_bound(
     activation: nn.Module, seed: int, epsilon: float

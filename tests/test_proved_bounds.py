@@ -1,6 +1,7 @@
 """Bounds that certify: no deployed forward pass is below one, no activation outside, without tolerance."""
 
 import copy
+from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
@@ -14,14 +15,13 @@ from ccdist import proved_bounds
 from ccdist.activations import ACTIVATION_LAYERS
 from ccdist.bounds import logit_differences
 from ccdist.config import ThreatModel
-from ccdist.linear_bounds import has_kink
 from ccdist.networks import Network
 from ccdist.proved_bounds import BoundRung, Proved, better, crown, tightened
 from ccdist.rounding import GuardedBounds, guarded_bounds
 
 pytestmark = pytest.mark.timeout(20)
 
-MANY = settings(max_examples=max(30, settings.default.max_examples))
+MANY = settings(max_examples=max(25, settings.default.max_examples // 2))
 SOME = settings(max_examples=max(12, settings.default.max_examples // 4))
 RUNGS: tuple[BoundRung, ...] = ("ibp", "crown", "alpha_crown")
 # The same float64 sums in another order.
@@ -31,50 +31,49 @@ SEARCH_ROUNDING = 1e-3
 CONCAVE = nn.LeakyReLU(1.5)
 
 
-def proved(case: Deployed, rung: BoundRung, steps: int = 5) -> Proved:
+def proved(case: Deployed, rung: BoundRung, steps: int = 3) -> Proved:
     return proved_bounds.proved_bounds(rung, case.proof, case.region, case.labels, steps=steps)
 
 
-def points_of(case: Deployed, seed: int) -> list[Tensor]:
-    return [*case.points(24, torch.Generator().manual_seed(seed)), *case.attacked(6)]
+def points_of(case: Deployed, seed: int) -> Tensor:
+    """[P, B, ...] perturbed images."""
+    return torch.stack([*case.points(24, torch.Generator().manual_seed(seed)), *case.attacked(6)])
 
 
-def assert_sound(case: Deployed, bounds: Proved, seed: int) -> None:
+def assert_sound(case: Deployed, seed: int, rungs: Sequence[BoundRung]) -> None:
     """Of the deployed network and of the exact one: the allowance is there so that no tolerance is needed."""
-    lower, allowance = bounds
-    assert (allowance >= 0).all()
-    double = copy.deepcopy(case.network).double()
-    for points in points_of(case, seed):
-        with torch.no_grad():
-            for logits in (case.network(points).double(), double(points.double())):
-                assert (logit_differences(logits, case.labels) >= lower - allowance).all()
+    points, double = points_of(case, seed), copy.deepcopy(case.network).double()
+    with torch.no_grad():
+        passes = [
+            case.network(case.images).double()[None],
+            case.network(points.flatten(0, 1)).double().unflatten(0, points.shape[:2]),
+            double(points.flatten(0, 1).double()).unflatten(0, points.shape[:2]),
+        ]
+    margins = torch.cat([torch.stack([logit_differences(one, case.labels) for one in logits]) for logits in passes])
+    for rung in rungs:
+        lower, allowance = proved(case, rung)
+        assert (allowance >= 0).all(), rung
+        assert (margins >= lower - allowance).all(), rung
 
 
-@pytest.mark.parametrize("rung", RUNGS)
 @pytest.mark.parametrize("activations", [CONVEX_KINKS, [*SMOOTH, nn.ReLU()]], ids=["kinks", "smooth"])
 @MANY
 @given(seed=st.integers(0, 2**31 - 1))
-def test_no_point_is_below_the_bound(activations: list[nn.Module], rung: BoundRung, seed: int) -> None:
-    case = deployed(seed, activations=activations)
-    if rung == "alpha_crown" and not any(has_kink(module) for module in case.network.modules()):
-        return  # see the tests of networks without kinks
-    assert_sound(case, proved(case, rung), seed)
+def test_no_point_is_below_a_bound(activations: list[nn.Module], seed: int) -> None:
+    assert_sound(deployed(seed, activations=activations), seed, RUNGS)
 
 
-@pytest.mark.parametrize("rung", RUNGS)
 @MANY
 @given(seed=st.integers(0, 2**31 - 1))
-def test_no_point_is_below_the_bound_of_a_concave_activation(rung: BoundRung, seed: int) -> None:
+def test_no_point_is_below_a_bound_of_a_concave_activation(seed: int) -> None:
     """A leaky slope above 1: the lines through the kink are above the function, the chord below it."""
-    case = deployed(seed, activations=[CONCAVE, nn.ReLU()])
-    assert_sound(case, proved(case, rung), seed)
+    assert_sound(deployed(seed, activations=[CONCAVE, nn.ReLU()]), seed, RUNGS)
 
 
 @pytest.mark.parametrize("activations", [[nn.Identity()], [nn.Tanh()], [nn.GELU()]], ids=str)
 def test_networks_without_kinks_have_every_rung(activations: list[nn.Module]) -> None:
-    for seed in range(10):
-        case = deployed(seed, activations=activations)
-        assert_sound(case, proved(case, "alpha_crown"), seed)
+    for seed in range(5):
+        assert_sound(deployed(seed, activations=activations), seed, ["alpha_crown"])
 
 
 @MANY
@@ -130,12 +129,13 @@ def test_every_activation_is_inside_the_tightened_bounds(seed: int) -> None:
         known = ~((old.box.lower < 0) & (old.box.upper > 0))
         assert torch.equal(new.box.lower[known], old.box.lower[known])
     boxes = of_activations(after)
-    for points in points_of(case, seed):
-        entered = activation_inputs(case.network, points)
-        assert len(entered) == len(boxes)
-        for values, (lower, upper) in zip(entered, boxes, strict=True):
-            assert (lower <= values).all()
-            assert (values <= upper).all()
+    points = points_of(case, seed)
+    entered = activation_inputs(case.network, points.flatten(0, 1))
+    assert len(entered) == len(boxes)
+    for values, (lower, upper) in zip(entered, boxes, strict=True):
+        values = values.unflatten(0, points.shape[:2])
+        assert (lower <= values).all()
+        assert (values <= upper).all()
 
 
 def test_tightening_helps_behind_the_first_activation_only() -> None:
@@ -230,6 +230,7 @@ def test_nothing_is_proved_where_float32_may_overflow(last: nn.Module, rung: Bou
 
 
 @pytest.mark.parametrize("rung", RUNGS)
+@SOME
 @given(seed=st.integers(0, 2**31 - 1))
 def test_a_tiny_region_gives_the_forward_pass(rung: BoundRung, seed: int) -> None:
     case = deployed(seed, norm="linf")

@@ -1,5 +1,6 @@
 """python -m ccdist.verify: what it leaves, whatever stops it, and every wrong input answered in a line."""
 
+import errno
 import io
 import itertools
 import json
@@ -20,7 +21,7 @@ import torch
 from rich.console import Console
 from train_cases import ROOT
 
-from ccdist import checkpoint, verification, verify, verify_progress
+from ccdist import checkpoint, train, verification, verify, verify_progress
 from ccdist.config import DataConfig
 from ccdist.data import load_test_set, to_pixels
 from ccdist.locks import exclusive
@@ -188,6 +189,10 @@ def test_the_ensemble_is_a_rung_after_pgd(model: Path, out: Path, monkeypatch: p
     assert run(model, out, "--images", "0:10", "--ensemble", rungs=("pgd,ibp", "crown")) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert [each["rung"] for each in summary["rungs"]] == ["clean", "pgd", "ensemble", "ibp", "crown"]
+    assert list(summary["worst_case"]) == ["clean", "pgd", "apgd_ce", "apgd_dlr", "fab", "square"]
+    assert sum(summary["worst_case"].values()) == summary["verdicts"]["falsified"]
+    broken = ", ".join(f"{name} {count}" for name, count in summary["worst_case"].items())
+    assert f"falsified by          {broken}" in verify.report(summary).splitlines()
 
 
 # ---- while it runs --------------------------------------------------------------------------------------------------
@@ -321,14 +326,14 @@ def killed(words: list[str], delays: list[float]) -> list[int]:
 def check_killed(model: Path, tmp_path: Path, kills: int, latest: float) -> None:
     """Killed so often, each time up to this share of the whole run's seconds after it began: the same files."""
     out, whole = tmp_path / "out", tmp_path / "whole"
-    rest = ("--images", "0:150", "--batch-size", 8, "--timeout", "none", "--max-branches", 40)
+    rest = ("--images", "0:100", "--batch-size", 8, "--timeout", "none", "--max-branches", 40)
     ladder = (*RUNGS, "branch_and_bound")
     started = time.perf_counter()
     assert run(model, whole, *rest, rungs=ladder) == 0
     seconds = time.perf_counter() - started
     delays = [random.uniform(0.05, latest) * seconds for _ in range(kills)]
     statuses = killed(arguments(model, out, *rest, rungs=ladder), delays)
-    assert statuses.count(signal.SIGKILL) >= 2, (statuses, delays)
+    assert statuses.count(signal.SIGKILL) >= 1, (statuses, delays)
     assert run(model, out, *rest, rungs=ladder) == 0
     assert verdicts(out).equals(verdicts(whole))
     assert "branch_and_bound" in verdicts(out)["method"].to_pylist()
@@ -337,9 +342,9 @@ def check_killed(model: Path, tmp_path: Path, kills: int, latest: float) -> None
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(60)
 def test_killed_at_random_moments_it_ends_like_an_uninterrupted_run(model: Path, tmp_path: Path) -> None:
-    check_killed(model, tmp_path, kills=8, latest=0.7)
+    check_killed(model, tmp_path, kills=4, latest=0.7)
 
 
 @pytest.mark.slow
@@ -360,14 +365,19 @@ def test_killed_again_and_again_it_ends_like_an_uninterrupted_run(model: Path, t
         (["--data", "nothing"], "unknown data set 'nothing'"),
         (["--data", "mnist", "--path", "nowhere"], "data.path nowhere has no test.parquet"),
         (["--epsilon", "8"], "epsilon is 8; expected a radius above 0 and below 1"),
-        (["--rungs", "pgd", "crowns"], "rungs.1: 'crowns' is not allowed"),
+        (["--rungs", "pgd", "crowns"], "--rungs: 'crowns' is not allowed"),
         (["--rungs", "ibp", "ibp"], "name one twice"),
-        (["--timeout", "0"], "branch_and_bound.timeout_s: '0' is not allowed"),
-        (["--timeout", "soon"], "branch_and_bound.timeout_s: 'soon' is not allowed"),
-        (["--max-branches", "0"], "branch_and_bound.max_branches: '0' is not allowed"),
-        (["--batch-size", "0"], "batch_size: '0' is not allowed"),
+        (["--timeout", "0"], "--timeout: '0' is not allowed"),
+        (["--timeout", "soon"], "--timeout: 'soon' is not allowed"),
+        (["--max-branches", "0"], "--max-branches: '0' is not allowed"),
+        (["--batch-size", "0"], "--batch-size: '0' is not allowed"),
         (["--threads", "0"], "--threads 0; expected at least 1"),
-        (["--seed", "-1"], "seed: '-1' is not allowed"),
+        (["--seed", "-1"], "--seed: '-1' is not allowed"),
+        (["--images", "-3:"], "argument --images: expected one argument; see python -m ccdist.verify --help"),
+        (["--rungs"], "argument --rungs: expected at least one argument"),
+        (["--threads", "abc"], "argument --threads: invalid int value: 'abc'"),
+        (["--rungs", ""], "--rungs names no rung"),
+        (["--out", ""], "argument --out: it is empty"),
     ],
 )
 def test_what_is_wrong_is_told_in_a_line(
@@ -411,6 +421,96 @@ def test_a_folder_in_use_or_not_writable(
         assert "is held by process" in refused(capsys, arguments(model, out))
     (tmp_path / "file").touch()
     assert "cannot be written" in refused(capsys, arguments(model, tmp_path / "file" / "out"))
+    assert f"{tmp_path / 'file'} cannot be written: it is a file" in refused(
+        capsys, arguments(model, tmp_path / "file")
+    )
+    (tmp_path / "other" / "lock").mkdir(parents=True)
+    assert "lock is a folder" in refused(capsys, arguments(model, tmp_path / "other"))
+
+
+def test_nothing_is_added_to_a_foreign_folder(model: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out.mkdir()
+    (out / "notes.txt").touch()
+    assert "holds notes.txt but no verification.json" in refused(capsys, arguments(model, out))
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name", ["summary.json", "verdicts.parquet", "verdicts", "state"])
+def test_a_file_in_the_place_of_a_folder_or_the_other_way_around(
+    name: str, model: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = arguments(model, out, "--images", "0:5", rungs=("ibp",))
+    assert verify.main(few) == 0
+    (out / name).unlink(missing_ok=True)
+    if name in ("verdicts", "state"):
+        (out / name).touch()
+    else:
+        (out / name).mkdir()
+    assert str(out / name) in refused(capsys, few)
+
+
+def test_a_refused_ladder_claims_no_folder(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    smooth = tmp_path / "smooth"
+    network = build_network("mlp", input_shape=(1, 8, 8), num_classes=10, width=4, activation="tanh")
+    checkpoint.save(smooth, network.eval(), {})
+    few = ("--images", "0:5")
+    answer = refused(capsys, arguments(smooth, out, *few, rungs=("ibp", "branch_and_bound")))
+    assert "leave branch_and_bound out of the rungs" in answer
+    assert not out.exists()
+    assert run(smooth, out, *few, rungs=("ibp",)) == 0
+
+
+@pytest.mark.parametrize("damage", ["no rows", "half a table", "no points", "no rungs"])
+def test_a_finished_folder_without_its_tables_is_made_again(damage: str, model: Path, out: Path) -> None:
+    few = ("--images", "20:50")
+    assert run(model, out, *few, rungs=("pgd", "ibp")) == 0
+    before = verdicts(out)
+    points = pq.read_table(out / "counterexamples.parquet")
+    assert points.num_rows
+    match damage:
+        case "no rows":
+            (out / "verdicts.parquet").unlink()
+        case "half a table":
+            (out / "verdicts.parquet").write_bytes((out / "verdicts.parquet").read_bytes()[:100])
+        case "no points":
+            pq.write_table(points.slice(1), out / "counterexamples.parquet")
+        case "no rungs":
+            summary = json.loads((out / "summary.json").read_text())
+            del summary["rungs"]
+            (out / "summary.json").write_text(json.dumps(summary))
+    assert run(model, out, *few, rungs=("pgd", "ibp")) == 0
+    assert verdicts(out).equals(before)
+    assert pq.read_table(out / "counterexamples.parquet").equals(points)
+    assert "rungs" in json.loads((out / "summary.json").read_text())
+
+
+def test_a_full_disk_is_told_in_a_line(
+    model: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    few = arguments(model, out, "--images", "0:5", rungs=("ibp",))
+    with monkeypatch.context() as patch:
+        patch.setattr(pq, "write_table", full)
+        answer = refused(capsys, few)
+    assert answer == (
+        f"{out / 'state' / 'rows.parquet'}: No space left on device; once that is mended, go on with: "
+        f"python -m ccdist.verify {' '.join(few)}"
+    )
+    assert verify.main(few) == 0
+
+
+def test_a_training_on_a_full_disk_is_told_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    monkeypatch.setattr(train, "_train", full)
+    assert train.main(["digits", "--out", str(tmp_path)]) == 2
+    told = "runs/x: No space left on device; once that is mended, go on with: python -m ccdist.train digits"
+    assert capsys.readouterr().err == f"error: {told} --out {tmp_path}\n"
 
 
 def test_a_damaged_state_is_named(
