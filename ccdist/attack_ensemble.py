@@ -3,6 +3,10 @@
 Each member draws from its own stream, and every image meets the same draws. So which other images are in the batch
 changes nothing but the rounding of batched products.
 
+Known deviations from the published ensemble: one draw of starts and of squares serves all images of a batch, where
+AutoAttack draws for each; starts are uniform in the region, where AutoAttack scales a draw to the radius; a point
+counts only when it also passes `counterexamples.confirmed`.
+
 Shapes: `B` batch, `C H W` image, `K` classes. Unit: pixels in [0, 1].
 
 Source: Croce and Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free
@@ -15,7 +19,7 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccdist.apgd import apgd, region_rows, shared_start
@@ -51,16 +55,6 @@ class EnsembleResult:
 
     broken_by: tuple[str, ...]
     points: Float[Tensor, "B C H W"]
-
-    @property
-    def broken(self) -> Bool[Tensor, " B"]:
-        """On the points' device."""
-        return torch.tensor([name != "" for name in self.broken_by], dtype=torch.bool, device=self.points.device)
-
-    @property
-    def worst_case(self) -> dict[str, int]:
-        """How many images each member broke, in the order of running; each met only the survivors before it."""
-        return {name: self.broken_by.count(name) for name in (CLEAN, *MEMBERS)}
 
 
 def attack_ensemble(

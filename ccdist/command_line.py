@@ -1,9 +1,11 @@
 """What the command lines share: exit codes, an error in one line, SIGTERM unwound like Ctrl-C, the device."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 
@@ -12,6 +14,24 @@ OK, BAD_INPUT, NOT_FINITE, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
 
 class Terminated(BaseException):
     """SIGTERM, unwound like Ctrl-C."""
+
+
+class UsageError(ValueError):
+    """The arguments of a command are not what it reads."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UsageError` instead of printing the usage, so that a mistake is told in one line like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def place(text: str) -> str:
+    """The argument type of a path; an empty one would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; expected a path")
+    return text
 
 
 @contextmanager
@@ -32,6 +52,14 @@ def refused(error: ValueError | ArithmeticError, code: int) -> int:
     """Print what is wrong in one line; returns the exit code."""
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
+
+
+def failed(error: OSError, command: str) -> int:
+    """Print in one line what the system refused, and the command that goes on; returns the exit code."""
+    where = f"{error.filename}: " if error.filename else ""
+    reason = " ".join((error.strerror or str(error)).split())
+    print(f"error: {where}{reason}; once that is mended, go on with: {command}", file=sys.stderr)
+    return BAD_INPUT
 
 
 def stopped(stop: BaseException, command: str) -> int:

@@ -28,13 +28,14 @@ from torch import Tensor, nn
 
 from ccdist import checkpoint, selection
 from ccdist.bounds import UnsupportedLayerError, check_rules_describe
-from ccdist.command_line import BAD_INPUT, INTERRUPTED, OK, TERMINATED, Terminated, refused, terminable
+from ccdist.command_line import BAD_INPUT, INTERRUPTED, OK, TERMINATED, Parser, Terminated, place, refused, terminable
 from ccdist.networks import Network, Normalize, Residual
 from ccdist.selection import Selection
 from ccdist.vnnlib import robustness_property
 
-MODEL, INSTANCES, SUMMARY, PROPERTIES = "model.onnx", "instances.csv", "export.json", "vnnlib"
-INPUT, OUTPUT = "X", "Y"
+MODEL_FILE, INSTANCES_FILE, DESCRIPTION_FILE = "model.onnx", "instances.csv", "export.json"
+PROPERTIES_FOLDER = "vnnlib"
+INPUT_NAME, OUTPUT_NAME = "X", "Y"
 # Old enough for the readers of VNN-COMP's tools, new enough for every operator of the table below.
 OPSET, IR_VERSION = 13, 7
 # The written network computes in another order than PyTorch: allowed difference of logits, relative to their size.
@@ -250,15 +251,15 @@ def onnx_model(network: Network, input_shape: tuple[int, int, int]) -> Any:
     if other is not None:
         raise ExportError(f"the network's weights are {other}; expected float32, in which it is written")
     graph = _Graph(onnx)
-    features = _add(graph, network.features, _Value(INPUT, torch.Size((1, *input_shape))), "features")
+    features = _add(graph, network.features, _Value(INPUT_NAME, torch.Size((1, *input_shape))), "features")
     logits = _add(graph, network.head, features, "head")
-    graph.nodes[-1].output[0] = OUTPUT  # the head's node is the last one
+    graph.nodes[-1].output[0] = OUTPUT_NAME  # the head's node is the last one
     kind = onnx.TensorProto.FLOAT
     content = onnx.helper.make_graph(
         graph.nodes,
         "network",
-        [onnx.helper.make_tensor_value_info(INPUT, kind, [1, *input_shape])],
-        [onnx.helper.make_tensor_value_info(OUTPUT, kind, list(logits.shape))],
+        [onnx.helper.make_tensor_value_info(INPUT_NAME, kind, [1, *input_shape])],
+        [onnx.helper.make_tensor_value_info(OUTPUT_NAME, kind, list(logits.shape))],
         initializer=graph.constants,
     )
     opset = onnx.helper.make_opsetid("", OPSET)
@@ -273,7 +274,7 @@ def onnx_logits(model: bytes, images: Float[Tensor, "N C H W"]) -> Float[Tensor,
     options = runtime.SessionOptions()
     options.intra_op_num_threads = 1
     session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    rows = [session.run([OUTPUT], {INPUT: image.numpy()})[0] for image in images.split(1)]
+    rows = [session.run([OUTPUT_NAME], {INPUT_NAME: image.numpy()})[0] for image in images.split(1)]
     return torch.from_numpy(np.concatenate(rows))
 
 
@@ -310,21 +311,21 @@ def export(chosen: Selection, folder: Path, *, timeout: float) -> None:
     if not all(bool(((part >= 0) & (part <= 1)).all()) for part in chosen.images.split(256)):
         raise ExportError("the images have pixels outside [0, 1]")
     channels, height, width = chosen.images.shape[1:]
-    with _complete(folder) as place:
+    with _complete(folder) as unfinished:
         model = onnx_model(chosen.network, (channels, height, width)).SerializeToString()
         predictions = _checked_logits(model, chosen).argmax(1).tolist()
-        (place / MODEL).write_bytes(model)
-        (place / PROPERTIES).mkdir()
+        (unfinished / MODEL_FILE).write_bytes(model)
+        (unfinished / PROPERTIES_FOLDER).mkdir()
         instances = []
         for image, label, index in zip(chosen.images, chosen.labels.tolist(), chosen.indices, strict=True):
-            file = f"{PROPERTIES}/prop_{index}.vnnlib"
+            file = f"{PROPERTIES_FOLDER}/prop_{index}.vnnlib"
             title = f"{chosen.data_name}, {chosen.split} image {index}, label {label}, {threat}"
             text = robustness_property(
                 image, label, epsilon=threat.epsilon, num_classes=chosen.network.num_classes, title=title
             )
-            (place / file).write_text(text)
-            instances.append(f"{MODEL},{file},{timeout:g}\n")
-        (place / INSTANCES).write_text("".join(instances))
+            (unfinished / file).write_text(text)
+            instances.append(f"{MODEL_FILE},{file},{timeout:g}\n")
+        (unfinished / INSTANCES_FILE).write_text("".join(instances))
         about = {
             "data": chosen.data_name,
             "data_fingerprint": chosen.data_fingerprint,
@@ -335,7 +336,7 @@ def export(chosen: Selection, folder: Path, *, timeout: float) -> None:
             "labels": chosen.labels.tolist(),
             "predictions": predictions,
         }
-        (place / SUMMARY).write_text(json.dumps(about))
+        (unfinished / DESCRIPTION_FILE).write_text(json.dumps(about))
 
 
 @torch.no_grad()
@@ -357,19 +358,19 @@ def _checked_logits(model: bytes, chosen: Selection) -> Tensor:
 @contextmanager
 def _complete(folder: Path) -> Iterator[Path]:
     """A folder to write to, beside its place and moved there once all went well."""
-    place = folder.resolve()
-    if place.exists() and not place.is_dir():
-        raise ExportError(f"--out {folder} is a file; choose a folder that does not exist or is empty")
-    if place.exists() and any(place.iterdir()):
-        raise ExportError(f"--out {folder} is not empty; choose another folder, or delete what is there")
     staging = None
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
-        whole = staging / place.name  # one level deeper: mkdtemp's own folder is closed to everybody else
+        target = folder.resolve()
+        if target.exists() and not target.is_dir():
+            raise ExportError(f"--out {folder} is a file; choose a folder that does not exist or is empty")
+        if target.exists() and any(target.iterdir()):
+            raise ExportError(f"--out {folder} is not empty; choose another folder, or delete what is there")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".export.", dir=target.parent))
+        whole = staging / target.name  # one level deeper: mkdtemp's own folder is closed to everybody else
         whole.mkdir()
         yield whole
-        os.rename(whole, place)
+        os.rename(whole, target)
     except OSError as error:
         raise ExportError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from error
     finally:
@@ -381,31 +382,33 @@ def _complete(folder: Path) -> Iterator[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
     try:
+        args = _parser().parse_args(arguments)
         with terminable():
             chosen = selection.load(args)
             export(chosen, Path(args.out), timeout=args.timeout)
     except ValueError as error:  # what ccdist raises for a mistake of its user
         return refused(error, BAD_INPUT)
+    except OSError as error:
+        return refused(ExportError(f"{error.filename or 'a file'} cannot be read: {error.strerror}"), BAD_INPUT)
     except (KeyboardInterrupt, Terminated) as stop:
         print("stopped; nothing was written", file=sys.stderr)
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     print(
-        f"{len(chosen)} {chosen.split} images of {chosen.data_name}, {chosen.threat}: {args.out}/{MODEL}, "
-        f"{args.out}/{PROPERTIES}, {args.out}/{INSTANCES}"
+        f"{len(chosen)} {chosen.split} images of {chosen.data_name}, {chosen.threat}: {args.out}/{MODEL_FILE}, "
+        f"{args.out}/{PROPERTIES_FOLDER}, {args.out}/{INSTANCES_FILE}"
     )
     return OK
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m ccdist.export",
         description="Write a network as ONNX and a robustness property in VNN-LIB for each image, for any VNN-COMP "
         "verifier. Its results are compared with ours by python -m ccdist.second_opinion.",
     )
     selection.add_arguments(parser)
-    parser.add_argument("--out", metavar="DIR", required=True, help="a new or empty folder")
+    parser.add_argument("--out", metavar="DIR", type=place, required=True, help="a new or empty folder")
     parser.add_argument(
         "--timeout", metavar="SECONDS", type=float, default=20.0, help="for each image, in instances.csv (default: 20)"
     )

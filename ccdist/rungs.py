@@ -41,7 +41,7 @@ class Chunk:
     """Images that a rung takes at once, on the network's device.
 
     first: index of the first one, from which the chunk has random starts of its own: with one stream for all, the
-        restarts of a chunk would move the next one's starts.
+        restarts of a chunk would move the next one's starts. So which starts an attack has depends on the chunks.
     """
 
     verified: Verified
@@ -72,6 +72,9 @@ class Chunk:
         )
         return [bool(each) for each in found]
 
+
+# The most images of a chunk, where a rung works on a chunk for so long that progress and state would come too seldom.
+LARGEST_CHUNK = {"ensemble": 32}
 
 ChunkRung = Callable[[Chunk], list[Finding]]
 

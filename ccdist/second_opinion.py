@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ccdist.atomic_files import write_table
-from ccdist.command_line import BAD_INPUT, OK, refused
-from ccdist.verdicts import Verdict
+from ccdist.command_line import BAD_INPUT, OK, Parser, place, refused
+from ccdist.verdicts import SCHEMA, Verdict
 
 CONTRADICTION = 1  # exit code
 COLUMNS = ("category", "onnx", "vnnlib", "prepare-time", "result", "run-time")
@@ -42,6 +42,8 @@ ANSWERS = {
 }
 # What VNN-COMP's scripts write when a tool crashed goes on with the exit code.
 _CRASHES = ("error_", "prepare_instance_error_")
+
+NEEDED = ("index", "label", "verdict", "method")  # of our columns
 
 RESULTS_SCHEMA = pa.schema(
     [
@@ -127,9 +129,18 @@ def read_verdicts(path: Path) -> pa.Table:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise SecondOpinionError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    missing = [name for name in ("index", "label", "verdict", "method") if name not in table.column_names]
+    missing = [name for name in NEEDED if name not in table.column_names]
     if missing:
         raise SecondOpinionError(f"{path} has no column {missing[0]}; expected the table of a verification")
+    taken = [name for name in table.column_names if name.startswith("other_")]
+    if taken:
+        raise SecondOpinionError(f"{path} has a column {taken[0]}: it is compared already; give the verification's own")
+    for name in NEEDED:
+        kind, expected = table.schema.field(name).type, SCHEMA.field(name).type
+        if not any(of_kind(kind) and of_kind(expected) for of_kind in (pa.types.is_integer, _is_text)):
+            raise SecondOpinionError(f"{path}: the column {name} holds {kind}; expected {expected}")
+        if table[name].null_count:
+            raise SecondOpinionError(f"{path}: the column {name} has empty values; expected one for each image")
     unknown = set(table["verdict"].to_pylist()) - set(Verdict)
     if unknown:
         raise SecondOpinionError(f"{path} has the verdict {min(map(str, unknown))!r}; expected {', '.join(Verdict)}")
@@ -137,6 +148,10 @@ def read_verdicts(path: Path) -> pa.Table:
     if len(set(indices)) < len(indices):
         raise SecondOpinionError(f"{path} has two rows about the same image; expected one for each")
     return table
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return kind in (pa.string(), pa.large_string())
 
 
 def compared(verdicts: pa.Table, results: pa.Table) -> pa.Table:
@@ -192,17 +207,41 @@ def _listed(rows: list[dict[str, object]], column: str, verdict: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(arguments)
     try:
+        args = _parser().parse_args(arguments)
+        if args.out is not None:
+            _check_replaceable(Path(args.out), Path(args.verdicts), Path(args.results))
         verdicts, results = read_verdicts(Path(args.verdicts)), read_results(Path(args.results))
         table = compared(verdicts, results)
         if args.out is not None:
             _write(table, Path(args.out))
-    except SecondOpinionError as error:
+    except ValueError as error:
         return refused(error, BAD_INPUT)
     both = table.num_rows
     print("\n".join(report(table, only_ours=verdicts.num_rows - both, only_other=results.num_rows - both)))
     return CONTRADICTION if contradictions(table).num_rows else OK
+
+
+def _check_replaceable(path: Path, *inputs: Path) -> None:
+    """Refuse to write over what is compared, or over anything but an earlier compared table.
+
+    Raises:
+        SecondOpinionError: the file is one of these.
+    """
+    try:
+        same, there = path.resolve() in [each.resolve() for each in inputs], path.exists()
+    except OSError as error:
+        raise SecondOpinionError(f"--out {path} cannot be written: {error.strerror or error}") from error
+    if same:
+        raise SecondOpinionError(f"--out {path} is one of the files to compare; choose another file")
+    if not there:
+        return
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowException):
+        names = []
+    if not set(RESULTS_SCHEMA.names) <= set(names):
+        raise SecondOpinionError(f"--out {path} holds something else than a compared table; choose another file")
 
 
 def _write(table: pa.Table, path: Path) -> None:
@@ -213,14 +252,14 @@ def _write(table: pa.Table, path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m ccdist.second_opinion",
         description="Compare a verification with the results of another verifier on the same images, as exported by "
         "python -m ccdist.export.",
     )
     parser.add_argument("verdicts", metavar="VERDICTS", help="the Parquet file of a verification")
     parser.add_argument("results", metavar="RESULTS.csv", help=f"lines of {', '.join(COLUMNS)}, without a header")
-    parser.add_argument("--out", metavar="FILE.parquet", help="write both answers about each image here")
+    parser.add_argument("--out", metavar="FILE.parquet", type=place, help="write both answers about each image here")
     return parser
 
 

@@ -24,19 +24,19 @@ from ccdist.interval import Interval
 from ccdist.threats import L2Ball, Region
 
 P_INIT = 0.8  # share of the pixels in the first square
-SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which the share is halved
+SCHEDULE = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the share is halved
 SMALLEST_L2_WINDOW = 3
 
 
-def changed_share(query: int, queries: int, *, p_init: float = P_INIT) -> float:
-    """The share of an image's pixels that a query changes: p_init halved at fixed shares of the budget.
+def changed_share(query: int, *, p_init: float = P_INIT) -> float:
+    """The share of an image's pixels that a query changes: p_init halved after fixed numbers of queries.
+
+    The schedule is that of 10,000 queries, and stays as it is for any other budget, as in AutoAttack's Square.
 
     Args:
         query: 0 is the first one after the start.
-        queries: the budget, to which the schedule of 10,000 queries is rescaled.
     """
-    scaled = query * 10_000 // queries
-    return math.ldexp(p_init, -sum(scaled > after for after in SCHEDULE))
+    return math.ldexp(p_init, -sum(query > after for after in SCHEDULE))
 
 
 _Propose = Callable[[Tensor, Region], Tensor]  # (points, the images' region) -> the changed points of one query
@@ -97,7 +97,7 @@ def _box_proposals(
     places = _uniform(queries - 1, 2, generator)
     signs = _signs((queries - 1, 1, channels, 1, 1), generator)
     for query, (place, sign) in enumerate(zip(places, signs, strict=True)):
-        side = max(round(math.sqrt(changed_share(query, queries, p_init=p_init) * height * width)), 1)
+        side = max(round(math.sqrt(changed_share(query, p_init=p_init) * height * width)), 1)
         yield _corners(*_window(side, height, width, place), sign)
 
 
@@ -123,7 +123,7 @@ def _ball_proposals(
     draws = _uniform(queries - 1, 5, generator)
     signs = _signs((queries - 1, 1, channels, 1, 1), generator)
     for query, (draw, sign) in enumerate(zip(draws, signs, strict=True)):
-        side = max(round(math.sqrt(changed_share(query, queries, p_init=p_init) * height * width)), SMALLEST_L2_WINDOW)
+        side = max(round(math.sqrt(changed_share(query, p_init=p_init) * height * width)), SMALLEST_L2_WINDOW)
         side += 1 - side % 2
         filled, emptied = _window(side, height, width, draw[:2]), _window(side, height, width, draw[2:4])
         tall, wide = min(side, height), min(side, width)

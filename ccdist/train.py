@@ -1,7 +1,7 @@
 """python -m ccdist.train RECIPE: one training, or go on with it.
 
-Exit codes: 0 it is done; 2 something asked for is wrong; 3 a loss stopped being finite; 130 stopped by Ctrl-C; 143 by
-a termination signal.
+Exit codes: 0 it is done; 2 something asked for is wrong, or the system refuses it (a full disk); 3 a loss stopped being
+finite; 130 stopped by Ctrl-C; 143 by a termination signal.
 """
 
 import argparse
@@ -13,7 +13,17 @@ from typing import Any
 
 from rich.console import Console
 
-from ccdist.command_line import BAD_INPUT, NOT_FINITE, OK, Terminated, chosen_device, refused, stopped, terminable
+from ccdist.command_line import (
+    BAD_INPUT,
+    NOT_FINITE,
+    OK,
+    Terminated,
+    chosen_device,
+    failed,
+    refused,
+    stopped,
+    terminable,
+)
 from ccdist.data import Dataset, load_dataset, load_test_set
 from ccdist.host_memory import keep_freed_memory
 from ccdist.recipe import KIND, RecipeFile, load_recipe_file
@@ -35,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return refused(error, BAD_INPUT)
     except NonFiniteLossError as error:
         return refused(error, NOT_FINITE)
+    except OSError as error:  # a full disk, a folder taken away
+        return failed(error, _command(args))
     except (KeyboardInterrupt, Terminated) as stop:
         return stopped(stop, _command(args))
 

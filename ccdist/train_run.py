@@ -23,14 +23,14 @@ import torch
 import yaml
 
 from ccdist import checkpoint
-from ccdist.atomic_files import differing_keys, write_table, write_text
+from ccdist.atomic_files import write_table, write_text
 from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.config import VerificationOptions, VerifyConfig, fingerprint
 from ccdist.data import Dataset, ImageSet, to_pixels
 from ccdist.networks import Network
 from ccdist.provenance import source_commit
 from ccdist.recipe import RecipeFile, load_recipe_file
-from ccdist.run_folders import RunFolderError, check_described, held
+from ccdist.run_folders import RunFolderError, differing_keys, held
 from ccdist.training import EpochReport, TrainingResult, train_student, train_teacher
 from ccdist.verification import accuracies, quick_accuracies, verify
 
@@ -101,7 +101,7 @@ def claimed(folder: Path, recipe: RecipeFile) -> Iterator[None]:
         RunFolderError: it cannot be written, or belongs to something else.
         LockedError: another process works there.
     """
-    with held(folder):
+    with held(folder, "recipe.yaml"):
         _check_owner(folder, recipe)
         for leftover in [*folder.glob(".teacher.*"), *folder.glob(".student.*")]:  # of a kill in mid-write
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -112,7 +112,6 @@ def claimed(folder: Path, recipe: RecipeFile) -> Iterator[None]:
 
 def _check_owner(folder: Path, recipe: RecipeFile) -> None:
     file = folder / "recipe.yaml"
-    check_described(folder, file.name)
     if not file.exists():
         return
     for key, there, asked in differing_keys(load_recipe_file(file).tree(), recipe.tree()):

@@ -22,9 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ccdist import checkpoint
-from ccdist.atomic_files import differing_keys, write_table
+from ccdist.atomic_files import write_table
 from ccdist.config import VerifyConfig
 from ccdist.networks import Network
+from ccdist.run_folders import differing_keys
 from ccdist.verdicts import SCHEMA, CounterExample, Progress, Rows, Verdict
 
 COUNTEREXAMPLES = pa.schema(
@@ -91,6 +92,12 @@ class LadderState:
                 f"{self.folder} belongs to another verification: there {key} is {there}, now it is {asked}; "
                 "choose another folder, or delete that one"
             )
+        without = falsified_by_point(table) - {each.index for each in examples}
+        if without:
+            raise StateError(
+                f"{self.folder} is damaged (image {min(without)} is falsified without a counter-example); delete it to "
+                "begin again"
+            )
         # One that was written just before a kill is about a row that is still open: it is found again.
         falsified = {index for index in range(len(position.rows)) if position.rows.verdict[index] == Verdict.FALSIFIED}
         return position, [each for each in examples if each.index in falsified]
@@ -129,6 +136,12 @@ class Parts:
         """All that was appended."""
         return pa.concat_tables([schema.empty_table(), *(pq.read_table(path) for path in self.files())])
 
+    def drop_unreadable(self, schema: pa.Schema) -> None:
+        """Delete the files that are damaged or of another schema."""
+        for path in self.files():
+            if _readable(path, schema) is None:
+                path.unlink()
+
     def append(self, table: pa.Table) -> None:
         """Write one more file, complete from the moment that it is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -138,11 +151,15 @@ class Parts:
 
 
 class VerdictStream:
-    """The rows of a running verification, appended as images get decided; `index` is that in the split."""
+    """The rows of a running verification, appended as images get decided; `index` is that in the split.
+
+    What cannot be read there is deleted: its rows are told again, and written again.
+    """
 
     def __init__(self, folder: Path, indices: range) -> None:
         self._parts = Parts(folder)
         self._indices = indices
+        self._parts.drop_unreadable(SCHEMA)
         self._written = set(self._parts.read(SCHEMA)["index"].to_pylist())
 
     def add(self, rows: pa.Table) -> None:
@@ -154,9 +171,31 @@ class VerdictStream:
             self._parts.append(rows)
             self._written.update(rows["index"].to_pylist())
 
-    def remove(self) -> None:
-        """Delete all parts: the finished table has their rows."""
-        shutil.rmtree(self._parts.folder, ignore_errors=True)
+
+def is_whole(verdicts: Path, counterexamples: Path, indices: range) -> bool:
+    """Whether the two tables of a finished verification of these images can be read and lack nothing."""
+    rows, examples = _readable(verdicts, SCHEMA), _readable(counterexamples, COUNTEREXAMPLES)
+    if rows is None or examples is None:
+        return False
+    return rows["index"].to_pylist() == list(indices) and falsified_by_point(rows) <= set(examples["index"].to_pylist())
+
+
+def _readable(path: Path, schema: pa.Schema) -> pa.Table | None:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException):
+        return None
+    return table if table.schema.equals(schema) else None
+
+
+def falsified_by_point(rows: pa.Table) -> set[int]:
+    """Indices of the rows that need a counter-example: falsified, and not by the image itself."""
+    columns = (rows[name].to_pylist() for name in ("index", "verdict", "method"))
+    return {
+        index
+        for index, verdict, method in zip(*columns, strict=True)
+        if verdict == Verdict.FALSIFIED and method != "clean"
+    }
 
 
 def in_split(rows: pa.Table, indices: range) -> pa.Table:

@@ -21,7 +21,7 @@ from ccdist.config import ThreatModel, VerifyConfig
 from ccdist.device_memory import is_out_of_memory
 from ccdist.networks import Network
 from ccdist.precision import exact_float32
-from ccdist.rungs import RUNGS, Chunk, Verified
+from ccdist.rungs import LARGEST_CHUNK, RUNGS, Chunk, Verified
 from ccdist.threats import perturbation_set
 from ccdist.verdict_store import LadderState, Position, identity_of
 from ccdist.verdicts import SCHEMA as SCHEMA
@@ -55,6 +55,8 @@ def verify(
 ) -> pa.Table:
     """Decide for each image whether every perturbed image that the threat allows keeps the label.
 
+    A rung takes `batch_size` images at once, the ensemble 32 at most, so that it is told and saved how far it is. The
+    random starts of an attack are drawn for each such chunk: another batch size draws others, as another seed does.
     A batch that memory does not suffice for is halved; an image for which it does not suffice alone stays open. What
     was told before a kill is told again by the call that goes on: finished rungs, counter-examples, decided rows.
 
@@ -90,6 +92,31 @@ def verify(
     with exact_float32(), torch.no_grad():
         ladder.climb(found)
     return position.rows.table()
+
+
+def check_rungs(
+    network: Network, images: Float[Tensor, "N C H W"], labels: Int[Tensor, " N"], config: VerifyConfig
+) -> None:
+    """Try each rung that proves, in short, so that what it cannot do is refused before anything is begun.
+
+    The bounds meet the first image only, the slopes of alpha-CROWN are left out, branch and bound meets no image.
+
+    Raises:
+        UnsupportedLayerError: a layer has no rule for a rung or the threat.
+        ValueError: the network's values are not finite, or in train mode.
+    """
+    verified = Verified(network, tuple(images.shape[1:]))
+    chunk = Chunk(verified, images[:1], labels[:1], config, 0)
+    bounds = {"ibp": "ibp", "crown": "crown", "alpha_crown": "crown", BRANCH_AND_BOUND: "crown"}
+    try:
+        with exact_float32(), torch.no_grad():
+            for rung in dict.fromkeys(bounds[each] for each in config.rungs if each in bounds):
+                RUNGS[rung](chunk)
+            if BRANCH_AND_BOUND in config.rungs:
+                branch_and_bound(network, images[:0], labels[:0], threat=config.threat, config=config.branch_and_bound)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):  # an image that memory does not suffice for stays open
+            raise
 
 
 @dataclass(frozen=True)
@@ -165,7 +192,7 @@ class _Ladder:
         self.listeners.rung(done)
 
     def _in_chunks(self, rung: str) -> None:
-        size = self.config.batch_size
+        size = min(self.config.batch_size, LARGEST_CHUNK.get(rung, self.config.batch_size))
         while self.position.ahead:
             indices = self.position.ahead[:size]
             started = time.perf_counter()

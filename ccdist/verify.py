@@ -4,12 +4,14 @@ In the folder of --out: `verification.json`, what is verified; `verdicts/`, rows
 where a stopped verification goes on from, both while it runs; `verdicts.parquet`, a row for each image, its `index`
 that in the split; `counterexamples.parquet`; `summary.json`, written last.
 
-Exit codes: 0 it is done; 2 something asked for is wrong; 130 stopped by Ctrl-C; 143 by a termination signal.
+Exit codes: 0 it is done; 2 something asked for is wrong, or the system refuses it (a full disk); 130 stopped by Ctrl-C;
+143 by a termination signal.
 """
 
 import argparse
 import json
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -26,17 +28,28 @@ from rich.console import Console
 from torch import Tensor
 
 from ccdist import checkpoint, selection
-from ccdist.atomic_files import differing_keys, write_table, write_text
-from ccdist.command_line import BAD_INPUT, OK, Terminated, chosen_device, refused, stopped, terminable
+from ccdist.atomic_files import write_table, write_text
+from ccdist.command_line import (
+    BAD_INPUT,
+    OK,
+    Parser,
+    Terminated,
+    chosen_device,
+    failed,
+    place,
+    refused,
+    stopped,
+    terminable,
+)
 from ccdist.config import ThreatModel, VerifyConfig, fingerprint
 from ccdist.host_memory import keep_freed_memory
 from ccdist.provenance import source_commit
-from ccdist.run_folders import RunFolderError, check_described, held
+from ccdist.run_folders import RunFolderError, differing_keys, held
 from ccdist.selection import Selection
 from ccdist.train_progress import duration
-from ccdist.verdict_store import VerdictStream, counterexample_table, in_split
-from ccdist.verdicts import CounterExample
-from ccdist.verification import Progress, Verdict, accuracies, verify
+from ccdist.verdict_store import VerdictStream, counterexample_table, in_split, is_whole
+from ccdist.verdicts import ATTACKS, CounterExample
+from ccdist.verification import Progress, Verdict, accuracies, check_rungs, verify
 from ccdist.verify_progress import VerifyProgress
 from ccdist.yaml_files import explain
 
@@ -44,19 +57,34 @@ LADDER = ("pgd", "ibp", "crown", "alpha_crown", "branch_and_bound")
 DESCRIPTION, SUMMARY = "verification.json", "summary.json"
 VERDICTS, COUNTEREXAMPLES = "verdicts.parquet", "counterexamples.parquet"
 PARTS, STATE = "verdicts", "state"
+# Where an option's value stands in the configuration.
+OPTIONS = {
+    r"branch_and_bound\.timeout_s": "--timeout",
+    r"branch_and_bound\.total_timeout_s": "--total-timeout",
+    r"branch_and_bound\.max_branches": "--max-branches",
+    r"batch_size": "--batch-size",
+    r"seed": "--seed",
+    r"rungs(\.\d+)?": "--rungs",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
-    args = _parser().parse_args(words)
     keep_freed_memory()
     try:
+        args = _parser().parse_args(words)
         with terminable():
             return _verify(args, Console())
     except ValueError as error:  # what ccdist raises for a mistake of its user
         return refused(error, BAD_INPUT)
+    except OSError as error:  # a full disk, a folder taken away
+        return failed(error, _command(words))
     except (KeyboardInterrupt, Terminated) as stop:
-        return stopped(stop, shlex.join(["python", "-m", "ccdist.verify", *words]))
+        return stopped(stop, _command(words))
+
+
+def _command(words: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", "ccdist.verify", *words])
 
 
 def _verify(args: argparse.Namespace, console: Console) -> int:
@@ -65,10 +93,13 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
     config = _config(args, chosen.threat)
     about = _about(chosen, config)
     folder = Path(args.out) if args.out else chosen.model_path / "verification" / fingerprint(about)
+    if not (folder / DESCRIPTION).exists():  # a refused ladder claims no folder
+        check_rungs(chosen.network, chosen.images, chosen.labels, config)
     limit = config.branch_and_bound.total_timeout_s
-    with held(folder), VerifyProgress(console, total_timeout_s=limit) as progress:
+    with held(folder, DESCRIPTION), VerifyProgress(console, total_timeout_s=limit) as progress:
+        _check_kinds(folder)
         _check_owner(folder, about)
-        summary = _finished_summary(folder, about)
+        summary = _finished_summary(folder, about, chosen.indices)
         if summary is not None:
             progress.note(f"{folder} is finished")
         else:
@@ -81,6 +112,8 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
 
 def _config(args: argparse.Namespace, threat: ThreatModel) -> VerifyConfig:
     rungs = [rung for word in args.rungs for rung in word.split(",") if rung]
+    if not rungs:
+        raise ValueError(f"--rungs names no rung; expected some of {' '.join(LADDER)}")
     if args.ensemble and "ensemble" not in rungs:
         rungs.insert(rungs.index("pgd") + 1 if "pgd" in rungs else 0, "ensemble")
     limits = {"timeout_s": args.timeout, "total_timeout_s": args.total_timeout, "max_branches": args.max_branches}
@@ -94,7 +127,14 @@ def _config(args: argparse.Namespace, threat: ThreatModel) -> VerifyConfig:
     try:
         return VerifyConfig.model_validate(asked)
     except ValidationError as error:
-        raise ValueError(explain(error, VerifyConfig)) from error
+        raise ValueError(_by_option(explain(error, VerifyConfig))) from error
+
+
+def _by_option(mistake: str) -> str:
+    """A mistake in the configuration, told by the option that it came from."""
+    for key, option in OPTIONS.items():
+        mistake = re.sub(rf"^{key}: ", f"{option}: ", mistake)
+    return mistake
 
 
 def _about(chosen: Selection, config: VerifyConfig) -> dict[str, Any]:
@@ -109,9 +149,18 @@ def _about(chosen: Selection, config: VerifyConfig) -> dict[str, Any]:
     }
 
 
+def _check_kinds(folder: Path) -> None:
+    """Refuse folders where files belong, and the other way around, before hours of work end there."""
+    for name in (DESCRIPTION, SUMMARY, VERDICTS, COUNTEREXAMPLES):
+        if (folder / name).is_dir():
+            raise RunFolderError(f"{folder / name} is a folder, where a file belongs; delete or rename it")
+    for name in (PARTS, STATE):
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise RunFolderError(f"{folder / name} is a file, where a folder belongs; delete or rename it")
+
+
 def _check_owner(folder: Path, about: dict[str, Any]) -> None:
     file = folder / DESCRIPTION
-    check_described(folder, DESCRIPTION)
     if not file.exists():
         write_text(file, json.dumps(about, indent=1))
         return
@@ -126,13 +175,15 @@ def _check_owner(folder: Path, about: dict[str, Any]) -> None:
         )
 
 
-def _finished_summary(folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+def _finished_summary(folder: Path, about: dict[str, Any], indices: range) -> dict[str, Any] | None:
+    """None where the verification is not finished, or a part of what it left is damaged: that is made again."""
     try:
         summary = json.loads((folder / SUMMARY).read_text())
-    except (FileNotFoundError, ValueError):  # unreadable: it is made again
+        report(summary)
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    finished = isinstance(summary, dict) and summary.items() >= about.items() and (folder / VERDICTS).exists()
-    return summary if finished else None
+    whole = is_whole(folder / VERDICTS, folder / COUNTEREXAMPLES, indices) and summary["num_images"] == len(indices)
+    return summary if whole and summary.items() >= about.items() else None
 
 
 def _run(
@@ -144,6 +195,7 @@ def _run(
     progress: VerifyProgress,
 ) -> dict[str, Any]:
     """Verify, or go on with it; everything that the folder keeps is written here."""
+    (folder / SUMMARY).unlink(missing_ok=True)  # of tables that are damaged
     stream = VerdictStream(folder / PARTS, chosen.indices)
     found: list[CounterExample] = []
     finished: dict[str, Progress] = {}
@@ -168,7 +220,8 @@ def _run(
     )
     write_table(folder / VERDICTS, in_split(table, chosen.indices))
     write_table(folder / COUNTEREXAMPLES, counterexample_table(found))
-    summary = about | {"model": str(chosen.model_path)} | _measured(table, list(finished.values())) | _made_by(device)
+    measured = _measured(table, list(finished.values())) | {"worst_case": _worst_case(table, config)}
+    summary = about | {"model": str(chosen.model_path)} | measured | _made_by(device)
     write_text(folder / SUMMARY, json.dumps(summary, indent=1))
     return summary
 
@@ -206,6 +259,18 @@ def _measured(table: pa.Table, finished: Sequence[Progress]) -> dict[str, Any]:
     }
 
 
+def _worst_case(table: pa.Table, config: VerifyConfig) -> dict[str, int]:
+    """How many images each attack broke, in the order of running; each met only what those before it left."""
+    asked = [("pgd", ATTACKS[:1]), ("ensemble", ATTACKS[1:])]
+    names = ["clean", *(name for rung in config.rungs for key, names in asked if key == rung for name in names)]
+    falsified = Counter(
+        method
+        for verdict, method in zip(table["verdict"].to_pylist(), table["method"].to_pylist(), strict=True)
+        if verdict == Verdict.FALSIFIED
+    )
+    return {name: falsified[name] for name in names}
+
+
 def _made_by(device: torch.device) -> dict[str, Any]:
     return {
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "pyarrow": pa.__version__},
@@ -233,6 +298,7 @@ def report(summary: dict[str, Any]) -> str:
             f"{summary['data']} {summary['split']}, images {summary['images'][0]} to {summary['images'][1] - 1}, "
             f"{config.threat}: {duration(summary['seconds'])}, {summary['images_per_second']:.3g} images/s"
         ),
+        f"falsified by          {', '.join(f'{name} {broken}' for name, broken in summary['worst_case'].items())}",
         f"standard accuracy     {share('standard_accuracy')}",
         f"adversarial accuracy  {share('adversarial_accuracy')} ({_attacks(config)})",
         (
@@ -266,7 +332,7 @@ def _limits(config: VerifyConfig) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m ccdist.verify",
         description="Verify a stored network on images of a data set. The same command again goes on with a "
         "verification that was stopped.",
@@ -281,11 +347,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--total-timeout", metavar="S", default="none", help="of branch and bound for all images")
     parser.add_argument("--max-branches", metavar="N", default="none", help="sub-problems of one image")
-    parser.add_argument("--batch-size", metavar="N", default="256", help="images at once (default: 256)")
+    parser.add_argument(
+        "--batch-size", metavar="N", default="256", help="images at once (default: 256; the ensemble takes 32 at most)"
+    )
     parser.add_argument("--seed", metavar="N", default="0", help="of the attacks' random starts")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: PyTorch's)")
-    parser.add_argument("--out", metavar="DIR", help="where everything goes (default: MODEL/verification/HASH)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=place, help="where everything goes (default: MODEL/verification/HASH)"
+    )
     return parser
 
 

@@ -54,10 +54,14 @@ def ensemble(
     )
 
 
+def broken(result: EnsembleResult) -> Tensor:
+    return torch.tensor([name != "" for name in result.broken_by], dtype=torch.bool)
+
+
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_it_breaks_at_least_as_many_as_pgd_with_restarts(norm: Norm) -> None:
-    network, (images, labels), rows = trained(norm), digits(), slice(1400, 1480)
+    network, (images, labels), rows = trained(norm), digits(), slice(1400, 1450)
     result = ensemble(network, rows, norm, EnsembleConfig(square_queries=500))
     points, _ = worst_points(
         network,
@@ -70,10 +74,10 @@ def test_it_breaks_at_least_as_many_as_pgd_with_restarts(norm: Norm) -> None:
         generator=generator(1),
     )
     by_pgd = confirmed(network, points, labels[rows], images=images[rows], norm=norm, epsilon=EPSILON[norm])
-    clean = result.worst_case["clean"]
-    assert clean < int(by_pgd.sum()) < 80  # neither all nor none: the comparison can fail
-    assert int(result.broken.sum()) >= int(by_pgd.sum())
-    assert result.worst_case["apgd_ce"] > 0
+    clean = result.broken_by.count("clean")
+    assert clean < int(by_pgd.sum()) < 50  # neither all nor none: the comparison can fail
+    assert int(broken(result).sum()) >= int(by_pgd.sum())
+    assert result.broken_by.count("apgd_ce") > 0
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -81,14 +85,11 @@ def test_broken_means_confirmed_and_survivors_keep_their_image(norm: Norm) -> No
     network, (images, labels), rows = trained(norm), digits(), slice(1400, 1440)
     result = ensemble(network, rows, norm)
     assert torch.equal(
-        result.broken,
+        broken(result),
         confirmed(network, result.points, labels[rows], images=images[rows], norm=norm, epsilon=EPSILON[norm]),
     )
-    assert torch.equal(result.points[~result.broken], images[rows][~result.broken])
-    assert result.broken.tolist() == [name != "" for name in result.broken_by]
+    assert torch.equal(result.points[~broken(result)], images[rows][~broken(result)])
     assert set(result.broken_by) <= {"", "clean", *MEMBERS}
-    assert list(result.worst_case) == ["clean", *MEMBERS]
-    assert sum(result.worst_case.values()) == int(result.broken.sum())
     correct = network(images[rows]).argmax(1) == labels[rows]
     assert [name == "clean" for name in result.broken_by] == (~correct).tolist()
 
@@ -126,23 +127,22 @@ def test_few_classes_have_fewer_targets(norm: Norm, classes: int) -> None:
         network, images, labels, norm=norm, epsilon=0.9 if norm == "linf" else 4.0, config=SHORT, seed=0
     )
     nothing = attack_ensemble(network, images, labels, norm=norm, epsilon=1e-5, config=SHORT, seed=0)
-    assert everything.broken.all()
-    assert not nothing.broken.any()
+    assert broken(everything).all()
+    assert not broken(nothing).any()
 
 
 def test_restarts_reach_every_attack() -> None:
     config = EnsembleConfig(steps=5, restarts=2, targets=2, square_queries=20)
     once = ensemble(trained("linf"), slice(1400, 1420), "linf", config.model_copy(update={"restarts": 1}))
     twice = ensemble(trained("linf"), slice(1400, 1420), "linf", config)
-    assert twice.worst_case["apgd_ce"] >= once.worst_case["apgd_ce"]
-    assert int(twice.broken.sum()) >= 1
+    assert twice.broken_by.count("apgd_ce") >= once.broken_by.count("apgd_ce")
+    assert int(broken(twice).sum()) >= 1
 
 
 def test_no_images_is_no_result() -> None:
     result = ensemble(trained("linf"), slice(0, 0), "linf")
     assert result.broken_by == ()
-    assert set(result.worst_case.values()) == {0}
-    assert result.broken.shape == (0,)
+    assert result.points.shape == (0, 1, 8, 8)
 
 
 def test_a_network_that_gives_nan_is_broken_as_it_is() -> None:

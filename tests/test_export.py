@@ -235,6 +235,9 @@ def test_an_empty_folder_is_used_and_a_full_one_refused(
         (("--epsilon", "8"), "write 8/255 if that is what you mean"),
         (("--images", "900"), "--images 900 leaves no image"),
         (("--data", "digit"), "unknown data set 'digit'"),
+        (("--images", "-3:"), "argument --images: expected one argument; see python -m ccdist.export --help"),
+        (("--timeout", "soon"), "argument --timeout: invalid float value: 'soon'"),
+        (("--out", ""), "argument --out: it is empty"),
     ],
 )
 def test_each_mistake_has_its_line(
@@ -251,6 +254,8 @@ def test_a_place_that_cannot_be_written_is_named(
     file.touch()
     assert "is a file" in refused(capsys, model, "--images", "1", "--out", file)
     assert "cannot be written" in refused(capsys, model, "--images", "1", "--out", file / "out")
+    assert "cannot be written: File name too long" in refused(capsys, model, "--images", "1", "--out", "x" * 300)
+    assert "File name too long" in refused(capsys, "x" * 300, "--out", file / "out")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])

@@ -137,6 +137,44 @@ def test_wrong_results_have_their_line(
     assert expected in refused(capsys, verdicts, path)
 
 
+def test_out_never_replaces_what_is_compared_nor_something_else(
+    verdicts: Path, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "deep").mkdir()
+    before = {path: path.read_bytes() for path in (verdicts, results)}
+    for path in (verdicts, results, tmp_path / "deep" / ".." / verdicts.name):
+        assert "is one of the files to compare" in refused(capsys, verdicts, results, "--out", path)
+    other = write_verdicts(tmp_path / "mine.parquet", {1: "certified"})
+    for path in (other, tmp_path / "deep"):
+        assert "holds something else than a compared table" in refused(capsys, verdicts, results, "--out", path)
+    assert {path: path.read_bytes() for path in before} == before
+    assert "cannot be written: File name too long" in refused(capsys, verdicts, results, "--out", "x" * 300)
+    both = tmp_path / "both.parquet"
+    assert run(verdicts, results, "--out", both) == run(verdicts, results, "--out", both) == 0
+
+
+def test_verdicts_of_another_kind(
+    verdicts: Path, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both, listed = tmp_path / "both.parquet", tmp_path / "listed.parquet"
+    assert run(verdicts, results, "--out", both) == 0
+    assert "has a column other_verdict: it is compared already" in refused(capsys, both, results)
+    table = pq.read_table(verdicts)
+    lists = pa.array([[index] for index in table["index"].to_pylist()])
+    pq.write_table(table.set_column(0, "index", lists), listed)
+    assert "the column index holds list" in refused(capsys, listed, results)
+    nulls = pa.nulls(table.num_rows, pa.int32())
+    pq.write_table(table.set_column(0, "index", nulls), listed)
+    assert "the column index has empty values" in refused(capsys, listed, results)
+
+
+def test_a_wrong_use_is_told_in_a_line(verdicts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "arguments are required: RESULTS.csv; see python -m ccdist.second_opinion --help" in refused(
+        capsys, verdicts
+    )
+    assert "argument --out: it is empty" in refused(capsys, verdicts, "x", "--out", "")
+
+
 def test_files_that_are_not_there_or_something_else(
     verdicts: Path, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

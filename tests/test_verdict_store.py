@@ -20,6 +20,7 @@ from ccdist.verdict_store import (
     counterexamples_of,
     identity_of,
     in_split,
+    is_whole,
 )
 from ccdist.verdicts import SCHEMA, CounterExample, Finding, Progress, Rows, Verdict, float32_below
 
@@ -88,6 +89,13 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
     assert back.rows.table().equals(position.rows.table())
     assert [(each.index, each.method) for each in found] == [(1, "pgd")]
     assert torch.equal(found[0].point, example(1).point)
+
+
+def test_a_state_without_a_counter_example_is_damaged(tmp_path: Path) -> None:
+    state = LadderState(tmp_path, IDENTITY)
+    state.save(Position(some_rows()), [example(3)])
+    with pytest.raises(StateError, match=r"image 1 is falsified without a counter-example\); delete it"):
+        state.load()
 
 
 def test_a_counter_example_whose_row_was_not_written_is_found_again(tmp_path: Path) -> None:
@@ -170,8 +178,29 @@ def test_rows_that_are_told_twice_are_written_once(tmp_path: Path) -> None:
     stream.add(table)
     written = [pq.read_table(path)["index"].to_pylist() for path in Parts(tmp_path).files()]
     assert written == [[100, 101], [102, 103]]
-    stream.remove()
-    assert not tmp_path.exists()
+
+
+def test_a_damaged_part_is_written_again(tmp_path: Path) -> None:
+    table = some_rows().table()
+    for first in (0, 2):
+        VerdictStream(tmp_path, range(4)).add(table.slice(first, 2))
+    (tmp_path / "part-00000.parquet").write_bytes(b"PAR1")
+    pq.write_table(pa.table({"index": [3]}), tmp_path / "part-00002.parquet")
+    VerdictStream(tmp_path, range(4)).add(table)
+    assert sorted(Parts(tmp_path).read(SCHEMA)["index"].to_pylist()) == [0, 1, 2, 3]
+
+
+def test_whole_tables_have_every_row_and_every_point(tmp_path: Path) -> None:
+    verdicts, points = tmp_path / "verdicts.parquet", tmp_path / "points.parquet"
+    assert not is_whole(verdicts, points, range(4))
+    pq.write_table(some_rows().table(), verdicts)
+    pq.write_table(counterexample_table([example(1)]), points)
+    assert is_whole(verdicts, points, range(4))
+    assert not is_whole(verdicts, points, range(5))
+    pq.write_table(counterexample_table([example(0)]), points)
+    assert not is_whole(verdicts, points, range(4))
+    points.write_bytes(b"")
+    assert not is_whole(verdicts, points, range(4))
 
 
 def test_rows_of_two_ranges_are_one_table() -> None:

@@ -414,6 +414,19 @@ def test_a_batch_that_does_not_fit_is_halved_and_one_image_is_given_up(error: Ex
     assert sizes == [8, 4, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1]  # once halved, the batches of a rung stay small
 
 
+def test_the_ensemble_is_told_and_saved_in_smaller_chunks(rungs: dict[str, Any]) -> None:
+    rungs["ensemble"] = certifying("ensemble", lambda n: n < 40)
+    told: list[Progress] = []
+    settings = config(rungs=("ensemble",), batch_size=256)
+    verify(hand_network(), *numbered_images(50), settings, on_progress=told.append)
+    assert [each.handled for each in told if each.rung == "ensemble"] == [0, 32, 50, 50]
+    told.clear()
+    verify(
+        hand_network(), *numbered_images(50), settings.model_copy(update={"batch_size": 20}), on_progress=told.append
+    )
+    assert [each.handled for each in told if each.rung == "ensemble"] == [0, 20, 40, 50, 50]
+
+
 def test_another_error_is_no_lack_of_memory(rungs: dict[str, Any]) -> None:
     def broken(chunk: Chunk) -> list[Finding]:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -501,6 +514,15 @@ def test_what_branch_and_bound_has_no_rule_for_is_refused_before_other_rungs() -
             on_rung=lambda rung, _: told.append(rung),
         )
     assert told == []
+
+
+@pytest.mark.parametrize("rung", ["ibp", "crown", "alpha_crown", "branch_and_bound"])
+def test_what_a_rung_has_no_rule_for_is_known_beforehand(rung: str) -> None:
+    images, labels = torch.rand(3, 1, 2, 2), torch.zeros(3, dtype=torch.long)
+    odd = Network(nn.Sequential(nn.MaxPool2d(1), nn.Flatten()), nn.Linear(4, 2)).eval()
+    verification.check_rungs(odd, images, labels, config(rungs=("pgd",)))
+    with pytest.raises(UnsupportedLayerError, match="MaxPool2d"):
+        verification.check_rungs(odd, images, labels, config(rungs=("pgd", rung)))
 
 
 def test_the_whole_ladder_and_order_of_its_bounds() -> None:
