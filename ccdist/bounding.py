@@ -20,6 +20,7 @@ from ccdist.interval import Interval
 from ccdist.leaf_program import solve_leaf
 from ccdist.linear_bounds import has_kink
 from ccdist.networks import Network
+from ccdist.neurons import float32_below
 from ccdist.proof_network import ProofNetwork, exact_region
 from ccdist.proved_bounds import (
     better,
@@ -31,7 +32,7 @@ from ccdist.proved_bounds import (
     tightened,
 )
 from ccdist.rounding import GuardedBounds, guarded_bounds
-from ccdist.subproblems import ProvedBound, float32_below
+from ccdist.subproblems import ProvedBound
 from ccdist.threats import Region
 
 # Bounding a root again with the neurons' bounds that it has tightened: at most so often, while that closes such a share

@@ -16,9 +16,10 @@ from ccdist.bounds import difference_weights, logit_differences
 from ccdist.clipping import HalfSpace, NeuronBounds, clipped
 from ccdist.frontier import Frontier, Row
 from ccdist.interval import Interval
+from ccdist.neurons import Images
 from ccdist.proof_network import ProofNetwork
 from ccdist.rounding import GuardedBounds, GuardedStep, head_error
-from ccdist.subproblems import Batch, Images, Objective, ProvedBound
+from ccdist.subproblems import Batch, Objective, ProvedBound
 from ccdist.threats import L2Ball, Region
 
 

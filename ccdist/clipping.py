@@ -25,10 +25,10 @@ from torch import Tensor
 
 from ccdist.interval import Interval
 from ccdist.linear_bounds import has_kink
+from ccdist.neurons import float32_below
 from ccdist.proof_network import ProofNetwork
 from ccdist.proved_bounds import linear_steps
 from ccdist.rounding import GuardedBounds
-from ccdist.subproblems import float32_below
 from ccdist.threats import L2Ball, Region
 from ccdist.unit_bounds import UnitBounds, unit_bounds, with_nothing
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ccdist.branching import OpenImage
-from ccdist.subproblems import Images
+from ccdist.neurons import Images
 
 # Tensors as large as all layers' weights that a bound and its gradient hold at once.
 TENSORS_OF_A_BOUND = 10

@@ -305,3 +305,12 @@ def num_leaves(module: nn.Module) -> int:
     if isinstance(module, Residual):
         return num_leaves(module.body) + num_leaves(module.shortcut)
     return 1
+
+
+def leaves(module: nn.Module) -> list[nn.Module]:
+    """Leaf layers in the order of the forward pass."""
+    if isinstance(module, nn.Sequential):
+        return [leaf for layer in module for leaf in leaves(layer)]
+    if isinstance(module, Residual):
+        return leaves(module.body) + leaves(module.shortcut)
+    return [module]

@@ -15,9 +15,10 @@ from ccdist.bounds import difference_weights, elided_lower_bounds
 from ccdist.interval import Interval
 from ccdist.linear_bounds import has_kink, least, relaxation
 from ccdist.linear_rules import Back, Step, backward
+from ccdist.neurons import Images
 from ccdist.proof_network import ProofNetwork
 from ccdist.rounding import GuardedBounds, GuardedStep, guarded_bounds, guarded_ibp, head_error
-from ccdist.subproblems import Batch, Images, Objective
+from ccdist.subproblems import Batch, Objective
 from ccdist.threats import L2Ball, Region
 from ccdist.unit_bounds import unit_bounds
 

@@ -12,8 +12,9 @@ from ccdist.clipping import HalfSpace, NeuronBounds, clipped
 from ccdist.config import BranchAndBoundConfig
 from ccdist.interval import Interval
 from ccdist.linear_bounds import has_kink
+from ccdist.linear_rules import leaves
 from ccdist.networks import Network
-from ccdist.subproblems import flat, leaves
+from ccdist.neurons import flat
 from ccdist.threats import L2Ball
 from ccdist.unit_bounds import UnitBounds
 

@@ -15,9 +15,8 @@ from ccdist import linear_rules
 from ccdist.bounds import Trace, UnsupportedLayerError, propagate
 from ccdist.interval import Interval
 from ccdist.linear_bounds import least, relaxation
-from ccdist.linear_rules import LINEAR_RULES, Back, Step, backward, backward_from, num_leaves
+from ccdist.linear_rules import LINEAR_RULES, Back, Step, backward, backward_from, leaves, num_leaves
 from ccdist.networks import Network, Residual
-from ccdist.subproblems import leaves
 from ccdist.threats import L2Ball
 
 pytestmark = pytest.mark.timeout(20)

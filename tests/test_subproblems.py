@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ccdist.bounds import logit_differences
 from ccdist.linear_bounds import has_kink
 from ccdist.networks import Network
+from ccdist.neurons import Images, float32_below
 from ccdist.proved_bounds import crown, root_batch, tightened
 from ccdist.rounding import GuardedBounds, guarded_bounds
-from ccdist.subproblems import Batch, Images, float32_below
+from ccdist.subproblems import Batch
 
 pytestmark = pytest.mark.timeout(20)
 

@@ -482,7 +482,7 @@ def test_hand_numbers_of_the_ladder() -> None:
     assert table["method"].to_pylist() == ["clean", "pgd", "crown", "ibp"]
     assert table["verdict"].to_pylist() == ["falsified", "falsified", "certified", "certified"]
     lower = table["lower_bound"].to_pylist()
-    assert lower[2:] == pytest.approx([0.154 - 0.1 * 2**0.5, 0.08], abs=1e-6)
+    assert lower[2:] == pytest.approx([0.154 - 0.1 * 2**0.5, 0.08], abs=1e-5)  # less the allowance for rounding
     over_box = crown_lower_bounds(hand_network(), L2Ball(L2_IMAGES, 0.1).box, L2_LABELS)
     assert float(over_box[2]) == pytest.approx(-0.006, abs=1e-6)
 
@@ -495,14 +495,14 @@ def test_quick_accuracies_take_the_threat() -> None:
 
 
 def test_a_point_outside_the_ball_falsifies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ccdist import verification
+    from ccdist import rungs
 
     def cheat(_: Any, images: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         moved = images.clone()
         moved[:] = 1.0  # class 0 by 0.1, but 0.5 or more away
         return moved, torch.zeros(len(images))
 
-    monkeypatch.setattr(verification, "worst_points", cheat)
+    monkeypatch.setattr(rungs, "worst_points", cheat)
     table = verify(hand_network(), L2_IMAGES, L2_LABELS, l2_config(rungs=["pgd"]))
     assert table["method"].to_pylist() == ["clean", "", "", ""]
 
