@@ -298,6 +298,8 @@ class BranchAndBoundConfig(Config):
 KINKED: tuple[Activation, ...] = ("relu", "leaky_relu")
 
 Rung = Literal["pgd", "ensemble", "ibp", "crown", "alpha_crown", "branch_and_bound"]
+# What the adversarial accuracy is about.
+ATTACK_RUNGS: tuple[Rung, ...] = ("pgd", "ensemble")
 
 
 class VerificationOptions(Config):
@@ -307,14 +309,21 @@ class VerificationOptions(Config):
     ensemble: EnsembleConfig = EnsembleConfig()
     alpha_crown: AlphaCrownConfig = AlphaCrownConfig()
     branch_and_bound: BranchAndBoundConfig = BranchAndBoundConfig()
-    rungs: tuple[Rung, ...] = Field(("pgd", "ibp", "crown"), description="after the clean prediction")
+    rungs: tuple[Rung, ...] = Field(
+        ("pgd", "ibp", "crown"), description="after the clean prediction; attacks before branch_and_bound"
+    )
     batch_size: int = Field(256, ge=1, description="images at once; CROWN holds K - 1 specifications of each")
 
     @field_validator("rungs")
     @classmethod
-    def _rungs_differ(cls, value: tuple[Rung, ...]) -> tuple[Rung, ...]:
+    def _is_a_ladder(cls, value: tuple[Rung, ...]) -> tuple[Rung, ...]:
         if len(set(value)) != len(value):
             raise ValueError(f"{list(value)} name one twice; each is climbed once")
+        after = value[value.index("branch_and_bound") :] if "branch_and_bound" in value else ()
+        late = [rung for rung in after if rung in ATTACK_RUNGS]
+        if late:
+            # What branch and bound falsifies counts as no attack's: the adversarial accuracy would come out too high.
+            raise ValueError(f"attacks come before branch_and_bound; move {' and '.join(late)} before it")
         return value
 
     def check_activation(self, activation: Activation) -> None:

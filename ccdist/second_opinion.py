@@ -1,5 +1,7 @@
 """python -m ccdist.second_opinion VERDICTS RESULTS.csv: our verdicts against those of another verifier.
 
+VERDICTS is the folder of a verification, or its verdicts.parquet.
+
 The results are the lines that VNN-COMP's scripts write for the instances of `ccdist.export`: category, onnx, vnnlib,
 seconds to prepare, result, seconds to run. A contradiction, one proof against one counter-example, means that one of
 the two verifiers is wrong; undecided contradicts nothing.
@@ -9,11 +11,13 @@ Exit codes: 0 no contradiction; 1 a contradiction; 2 something asked for is wron
 
 import argparse
 import csv
+import json
 import math
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,13 +27,15 @@ from ccdist.command_line import BAD_INPUT, OK, Parser, place, refused
 from ccdist.verdicts import SCHEMA, Verdict
 
 CONTRADICTION = 1  # exit code
+KNOWN_RESULTS = "sat or violated; unsat, holds or verified; timeout, unknown, error"
+# What a verification and an export say about themselves.
+VERDICTS_FILE, VERIFICATIONS, EXPORT = "verdicts.parquet", ("verification.json", "summary.json"), "export.json"
 COLUMNS = ("category", "onnx", "vnnlib", "prepare-time", "result", "run-time")
 
 # A property describes a counter-example: "sat" is one, "unsat" a proof. In any case, as the years of VNN-COMP spell it.
 ANSWERS = {
     "sat": Verdict.FALSIFIED,
     "violated": Verdict.FALSIFIED,
-    "falsified": Verdict.FALSIFIED,
     "unsat": Verdict.CERTIFIED,
     "holds": Verdict.CERTIFIED,
     "verified": Verdict.CERTIFIED,
@@ -74,6 +80,8 @@ def read_results(path: Path) -> pa.Table:
     networks: set[str] = set()
     for number, line in lines:
         where = f"{path}, line {number}"
+        if number == lines[0][0] and _is_header(line):
+            raise SecondOpinionError(f"{where} is a header; remove the header")
         if len(line) != len(COLUMNS):
             raise SecondOpinionError(f"{where} has {len(line)} values; expected {len(COLUMNS)}: {', '.join(COLUMNS)}")
         _, onnx, vnnlib, _, result, seconds = (value.strip() for value in line)
@@ -91,6 +99,11 @@ def read_results(path: Path) -> pa.Table:
     )
 
 
+def _is_header(line: Sequence[str]) -> bool:
+    """Every line about an image has numbers in it."""
+    return len(line) == len(COLUMNS) and not any(character.isdigit() for value in line for character in value)
+
+
 def _index(vnnlib: str, where: str) -> int:
     name = re.search(r"(?:^|[/\\])prop_(\d{1,9})\.vnnlib(?:\.gz)?$", vnnlib, re.ASCII)
     if name is None:
@@ -106,7 +119,7 @@ def _verdict(result: str, where: str) -> Verdict:
         return ANSWERS[word]
     if word.startswith(_CRASHES):
         return Verdict.UNDECIDED
-    raise SecondOpinionError(f"{where}: unknown result {result[:40]!r}; known: {', '.join(ANSWERS)}")
+    raise SecondOpinionError(f"{where}: unknown result {result[:40]!r}; known: {KNOWN_RESULTS}")
 
 
 def _seconds(text: str, where: str) -> float:
@@ -120,7 +133,7 @@ def _seconds(text: str, where: str) -> float:
 
 
 def read_verdicts(path: Path) -> pa.Table:
-    """The table of a verification, as `ccdist.verification.verify` makes it.
+    """The table of a verification, as `ccdist.verification.verify` makes it: a file.
 
     Raises:
         SecondOpinionError: it is damaged, or another table.
@@ -201,6 +214,71 @@ def report(table: pa.Table, *, only_ours: int, only_other: int) -> list[str]:
     return lines
 
 
+def check_export(folder: Path, verdicts_path: Path, verdicts: pa.Table, results: pa.Table) -> None:
+    """Refuse an export of another network, threat or data set than the verification's.
+
+    Both may be about some of the other's images: then the fingerprints of their data differ, and labels are compared.
+
+    Args:
+        folder: as `python -m ccdist.export` wrote it.
+        verdicts_path: the verification's table; verification.json or summary.json lies beside it.
+
+    Raises:
+        SecondOpinionError: they differ, one does not say what it is about, or a result is about no exported image.
+    """
+    exported, file = _description(folder / EXPORT), _beside(verdicts_path)
+    about = _description(file)
+    try:
+        asked = {"weights": about["weights_sha256"], "threat": dict(about["verification"]["threat"])}
+        written = {"weights": exported["weights_sha256"], "threat": dict(exported["threat"])}
+        for key in ("data", "split"):
+            asked[key], written[key] = about[key], exported[key]
+        images, verified = list(exported["images"]), list(range(*about["images"]))
+        if images == verified:
+            asked["data_fingerprint"], written["data_fingerprint"] = (
+                about["data_fingerprint"],
+                exported["data_fingerprint"],
+            )
+        labels = dict(zip(images, exported["labels"], strict=True))
+    except (LookupError, TypeError, ValueError) as error:
+        told = f"{folder / EXPORT} or {file}"
+        raise SecondOpinionError(
+            f"{told} does not say what it is about ({error!r}); expected those of ccdist"
+        ) from error
+    for key, ours in asked.items():
+        if written[key] != ours:
+            raise SecondOpinionError(
+                f"--export {folder} is of another verification: there {key} is {_short(written[key])}, in {file} it is "
+                f"{_short(ours)}"
+            )
+    for index, label in zip(verdicts["index"].to_pylist(), verdicts["label"].to_pylist(), strict=True):
+        if labels.get(index, label) != label:
+            raise SecondOpinionError(f"--export {folder}: image {index} has label {labels[index]}, ours has {label}")
+    others = [index for index in results["index"].to_pylist() if index not in labels]
+    if others:
+        raise SecondOpinionError(f"--export {folder} has no image {others[0]}, which the results are about")
+
+
+def _beside(verdicts: Path) -> Path:
+    for name in VERIFICATIONS:
+        if (verdicts.parent / name).exists():
+            return verdicts.parent / name
+    raise SecondOpinionError(
+        f"beside {verdicts} is no {' or '.join(VERIFICATIONS)} to compare with the export; leave --export out"
+    )
+
+
+def _description(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise SecondOpinionError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _short(value: Any) -> str:
+    return " ".join(map(str, value.values())) if isinstance(value, dict) else str(value)[:16]
+
+
 def _listed(rows: list[dict[str, object]], column: str, verdict: str) -> str:
     indices = [str(row["index"]) for row in rows if row[column] == verdict]
     return " ".join(indices) or "none"
@@ -209,9 +287,14 @@ def _listed(rows: list[dict[str, object]], column: str, verdict: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(arguments)
+        path = Path(args.verdicts)
+        if path.is_dir():
+            path = path / VERDICTS_FILE
         if args.out is not None:
-            _check_replaceable(Path(args.out), Path(args.verdicts), Path(args.results))
-        verdicts, results = read_verdicts(Path(args.verdicts)), read_results(Path(args.results))
+            _check_replaceable(Path(args.out), path, Path(args.results))
+        verdicts, results = read_verdicts(path), read_results(Path(args.results))
+        if args.export is not None:
+            check_export(Path(args.export), path, verdicts, results)
         table = compared(verdicts, results)
         if args.out is not None:
             _write(table, Path(args.out))
@@ -257,8 +340,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare a verification with the results of another verifier on the same images, as exported by "
         "python -m ccdist.export.",
     )
-    parser.add_argument("verdicts", metavar="VERDICTS", help="the Parquet file of a verification")
+    parser.add_argument("verdicts", metavar="VERDICTS", help="the folder of a verification, or its verdicts.parquet")
     parser.add_argument("results", metavar="RESULTS.csv", help=f"lines of {', '.join(COLUMNS)}, without a header")
+    parser.add_argument(
+        "--export",
+        metavar="DIR",
+        type=place,
+        help="the folder of ccdist.export: refused if it is of another network, threat or data set than VERDICTS",
+    )
     parser.add_argument("--out", metavar="FILE.parquet", type=place, help="write both answers about each image here")
     return parser
 

@@ -19,12 +19,20 @@ from torch import nn
 
 from ccdist import checkpoint
 from ccdist.config import DataConfig, ThreatModel
-from ccdist.data import KNOWN, ImageSet, load_dataset, load_test_set, to_pixels
+from ccdist.data import KNOWN, ImageSet, MissingDataError, load_dataset, load_test_set, to_pixels
+from ccdist.image_sources import FORMS
 from ccdist.networks import Network, Normalize
 from ccdist.threats import Norm
 from ccdist.yaml_files import explain
 
 Split = Literal["test", "validation", "train"]
+# A recipe's words about missing data, and those of the command line.
+WORDS = {
+    FORMS: "Parquet files, class folders or npz batches",
+    "set data.path (or --set data.path=DIR) to a folder": "give a folder by --path,",
+    "unknown data set": "unknown --data",
+    "data.path": "--path",
+}
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -165,9 +173,15 @@ def _checked(model: type[_Model], values: Any, where: str) -> _Model:
 
 
 def _part(config: DataConfig, split: Split) -> ImageSet:
-    if split == "test":
-        return load_test_set(config)
-    dataset = load_dataset(config)
+    try:
+        if split == "test":
+            return load_test_set(config)
+        dataset = load_dataset(config)
+    except MissingDataError as error:
+        told = str(error)
+        for words, option in WORDS.items():
+            told = told.replace(words, option)
+        raise SelectionError(told) from error
     if split == "train":
         return dataset.train
     if len(dataset.validation) == 0:

@@ -21,7 +21,9 @@ SCHEMA = pa.schema(
         ("prediction", pa.int16()),  # null where memory did not suffice for one image's forward pass
         ("verdict", pa.string()),
         ("method", pa.string()),  # the rung that decided, of the ensemble its member; "" while undecided
-        ("lower_bound", pa.float32()),  # best proved lower bound of the margin, in logits; null without one
+        # Best proved lower bound of the margin, in logits, less rounding; null without one. Of a proof by branch and
+        # bound only what the margin is above, which may be tiny.
+        ("lower_bound", pa.float32()),
         ("seconds", pa.float32()),  # this image's share of the rungs it went through
         ("branches", pa.int32()),  # sub-problems of branch and bound
     ]
@@ -167,6 +169,7 @@ def accuracies(table: pa.Table) -> Accuracies:
         certified in [#certified / N, 1 - #falsified / N]
 
     Attacks are PGD and the ensemble's members; what branch and bound falsifies counts against certified_upper only.
+    Of a ladder without an attack, adversarial equals standard, and says nothing.
 
     Raises:
         ValueError: the table has no rows.

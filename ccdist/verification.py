@@ -62,7 +62,8 @@ def verify(
 
     Args:
         network: as deployed; read in eval mode, on any device.
-        images: pixels in [0, 1].
+        images: pixels in [0, 1], in the network's dtype, float32 or float64.
+        labels: integers, classes of the network counted from 0.
         config: threat, rungs and their limits.
         on_rung: called after each rung with its name and the number of images still open.
         on_progress: called when a rung begins, after each batch, each round of branch and bound, and when it ends.
@@ -75,14 +76,15 @@ def verify(
         "clean". `branches` counts branch and bound nodes.
 
     Raises:
-        ValueError: images and labels differ in number, the network is in train mode, or the state is damaged or
-            about another network, other images or another config.
+        ValueError: images or labels are not as above, the network is in train mode, or the state is damaged or about
+            another network, other images or another config.
         UnsupportedLayerError: a bound rung meets a layer without a rule (for l2: see `ccdist.bounds.propagate`).
     """
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images and {len(labels)} labels; expected as many labels as images")
     if any(module.training for module in network.modules()):
         raise ValueError("the network is in train mode; call .eval() on it, a verdict is about the deployed network")
+    _check_images(network, images)
+    _check_labels(network, images, labels)
+    labels = labels.long()  # which indexing takes
     saved = None if state is None else LadderState(state, identity_of(network, images, labels, config))
     position, found = (None if saved is None else saved.load()) or (Position(Rows.undecided(labels.tolist())), [])
     device = next(network.parameters()).device
@@ -92,6 +94,43 @@ def verify(
     with exact_float32(), torch.no_grad():
         ladder.climb(found)
     return position.rows.table()
+
+
+def _check_images(network: Network, images: object) -> None:
+    """Refuse what is no batch of pixels in [0, 1]: about that, a verdict would say nothing."""
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images are a {type(images).__name__}; expected a tensor [N, C, H, W]")
+    if images.dtype == torch.uint8:
+        raise ValueError("images are uint8; ccdist.data.to_pixels(images) makes them pixels in [0, 1]")
+    dtype = next(network.parameters()).dtype
+    if images.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"images are {images.dtype}; expected {dtype}, as the network is")
+    if images.dtype != dtype:
+        raise ValueError(f"images are {images.dtype}, the network is {dtype}; images.to({dtype}) makes them alike")
+    if images.ndim != 4:
+        raise ValueError(f"images have the shape {list(images.shape)}; expected [N, C, H, W]")
+    for part in images.split(256):
+        if not bool(((part >= 0) & (part <= 1)).all()):  # NaN is neither
+            finite = bool(part.isfinite().all())
+            found = f"from {float(part.min()):.4g} to {float(part.max()):.4g}" if finite else "that are not finite"
+            raise ValueError(f"images have pixels {found}; expected all in [0, 1], the network normalises them itself")
+
+
+def _check_labels(network: Network, images: Tensor, labels: object) -> None:
+    """Refuse what are no classes of the network, one for each image."""
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels are a {type(labels).__name__}; expected a tensor [N] of integers")
+    if labels.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"labels are {labels.dtype}; expected torch.int64")
+    if labels.ndim != 1:
+        raise ValueError(f"labels have the shape {list(labels.shape)}; expected [N]")
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images and {len(labels)} labels; expected as many labels as images")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < network.num_classes:
+        raise ValueError(
+            f"labels go from {int(labels.min())} to {int(labels.max())}, but the network has {network.num_classes} "
+            "classes, counted from 0"
+        )
 
 
 def check_rungs(

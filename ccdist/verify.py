@@ -41,7 +41,7 @@ from ccdist.command_line import (
     stopped,
     terminable,
 )
-from ccdist.config import ThreatModel, VerifyConfig, fingerprint
+from ccdist.config import ATTACK_RUNGS, ThreatModel, VerifyConfig, fingerprint
 from ccdist.host_memory import keep_freed_memory
 from ccdist.provenance import source_commit
 from ccdist.run_folders import RunFolderError, differing_keys, held
@@ -106,7 +106,8 @@ def _verify(args: argparse.Namespace, console: Console) -> int:
             summary = _run(folder, chosen, config, about, device, progress)
         for leftover in (PARTS, STATE):  # their rows are in the table now
             shutil.rmtree(folder / leftover, ignore_errors=True)
-    console.print(report(summary), highlight=False, markup=False, soft_wrap=True)
+    told = f"{report(summary)}\nresults: {folder}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
     return OK
 
 
@@ -199,8 +200,20 @@ def _run(
     stream = VerdictStream(folder / PARTS, chosen.indices)
     found: list[CounterExample] = []
     finished: dict[str, Progress] = {}
+    resumed = (folder / STATE).exists()
+
+    def going_on(decided: int) -> None:
+        nonlocal resumed
+        if resumed:
+            progress.going_on(decided, len(chosen))
+        resumed = False
+
+    def on_rows(rows: pa.Table) -> None:
+        going_on(rows.num_rows)  # those of the state come first, all at once
+        stream.add(rows)
 
     def on_progress(each: Progress) -> None:
+        going_on(0)
         finished[each.rung] = each  # the last one of a rung stays
         progress.progress(each)
 
@@ -215,19 +228,19 @@ def _run(
         on_rung=progress.rung,
         on_progress=on_progress,
         on_counterexample=on_counterexample,
-        on_rows=stream.add,
+        on_rows=on_rows,
         state=folder / STATE,
     )
     write_table(folder / VERDICTS, in_split(table, chosen.indices))
     write_table(folder / COUNTEREXAMPLES, counterexample_table(found))
-    measured = _measured(table, list(finished.values())) | {"worst_case": _worst_case(table, config)}
+    measured = _measured(table, list(finished.values()), config) | {"worst_case": _worst_case(table, config)}
     summary = about | {"model": str(chosen.model_path)} | measured | _made_by(device)
     write_text(folder / SUMMARY, json.dumps(summary, indent=1))
     return summary
 
 
-def _measured(table: pa.Table, finished: Sequence[Progress]) -> dict[str, Any]:
-    """Counts, accuracies and times of a finished verification."""
+def _measured(table: pa.Table, finished: Sequence[Progress], config: VerifyConfig) -> dict[str, Any]:
+    """Counts, accuracies and times of a finished verification; adversarial accuracy: None without an attack."""
     measured = accuracies(table)
     rows = list(zip(table["verdict"].to_pylist(), table["method"].to_pylist(), strict=True))
     verdicts = Counter(verdict for verdict, _ in rows)
@@ -251,7 +264,7 @@ def _measured(table: pa.Table, finished: Sequence[Progress]) -> dict[str, Any]:
             for earlier, done in zip(before, finished, strict=True)
         ],
         "standard_accuracy": measured.standard,
-        "adversarial_accuracy": measured.adversarial,
+        "adversarial_accuracy": measured.adversarial if _has_attack(config) else None,
         "certified_accuracy": measured.certified,
         "certified_upper": measured.certified_upper,
         "seconds": seconds,
@@ -293,6 +306,7 @@ def report(summary: dict[str, Any]) -> str:
     def share(name: str) -> str:
         return f"{round(summary[name] * count)}/{count} = {summary[name]:.4f}"
 
+    adversarial = share("adversarial_accuracy") if _has_attack(config) else "not measured"
     lines += [
         (
             f"{summary['data']} {summary['split']}, images {summary['images'][0]} to {summary['images'][1] - 1}, "
@@ -300,13 +314,17 @@ def report(summary: dict[str, Any]) -> str:
         ),
         f"falsified by          {', '.join(f'{name} {broken}' for name, broken in summary['worst_case'].items())}",
         f"standard accuracy     {share('standard_accuracy')}",
-        f"adversarial accuracy  {share('adversarial_accuracy')} ({_attacks(config)})",
+        f"adversarial accuracy  {adversarial} ({_attacks(config)})",
         (
             f"certified accuracy    {share('certified_accuracy')}, at most {share('certified_upper')} "
             f"({verdicts['undecided']} undecided; {_limits(config)})"
         ),
     ]
     return "\n".join(lines)
+
+
+def _has_attack(config: VerifyConfig) -> bool:
+    return any(rung in ATTACK_RUNGS for rung in config.rungs)
 
 
 def _attacks(config: VerifyConfig) -> str:

@@ -53,6 +53,10 @@ class VerifyProgress:
         )
         self._decided = decided
 
+    def going_on(self, decided: int, num_images: int) -> None:
+        """Before anything else, when an earlier call was stopped."""
+        self.note(f"going on: {decided} of {num_images} images decided")
+
     def note(self, text: str) -> None:
         self._told_at = time.monotonic()
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

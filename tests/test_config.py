@@ -115,6 +115,8 @@ def test_unknown_keys_are_refused(kind: type[BaseModel], values: dict[str, Any])
         (NetworkConfig, {"activation": "swish"}, "Input should be 'relu', 'leaky_relu', 'tanh', 'sigmoid' or 'gelu'"),
         (VerifyConfig, {"threat": {"epsilon": 0.1}, "rungs": ["ibp", "ibp"]}, "name one twice"),
         (VerifyConfig, {"threat": {"epsilon": 0.1}, "rungs": ["milp"]}, "rungs"),
+        (VerificationOptions, {"rungs": ["branch_and_bound", "pgd"]}, "attacks come before branch_and_bound; move pgd"),
+        (VerificationOptions, {"rungs": ["pgd", "branch_and_bound", "ibp", "ensemble"]}, "move ensemble before it"),
         (CCDistConfig, {"alpha": 1.5, "beta": 1}, "alpha"),
         (CCDistConfig, {"alpha": 0.5, "beta": -1}, "beta"),
         (CCDistConfig, {"alpha": 0.5, "beta": float("inf")}, "finite"),

@@ -1,5 +1,6 @@
 """python -m ccdist.second_opinion: results of another verifier against ours."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,13 @@ def test_order_spaces_and_empty_lines_do_not_matter(verdicts: Path, tmp_path: Pa
     ("text", "expected"),
     [
         ("", "has no lines; expected one for each image: category, onnx"),
-        (line(1, "maybe"), "line 1: unknown result 'maybe'; known: sat, violated"),
+        (line(1, "maybe"), "line 1: unknown result 'maybe'; known: sat or violated; unsat, holds or verified; timeout"),
+        (line(1, "falsified"), "line 1: unknown result 'falsified'"),
+        (line(1, "sat") + line(2, "certified"), "line 2: unknown result 'certified'"),
+        (
+            "category,onnx,vnnlib,prepare-time,result,run-time\n" + line(1, "sat"),
+            "line 1 is a header; remove the header",
+        ),
         (line(1, ""), "line 1: unknown result ''"),
         (line(1, "sat") + line(1, "sat"), "line 2: image 1 stands there twice"),
         (line(1, "sat") + line(2, "sat", onnx="b.onnx"), "line 2: b.onnx is another network"),
@@ -166,6 +173,76 @@ def test_verdicts_of_another_kind(
     nulls = pa.nulls(table.num_rows, pa.int32())
     pq.write_table(table.set_column(0, "index", nulls), listed)
     assert "the column index has empty values" in refused(capsys, listed, results)
+
+
+# ---- --export --------------------------------------------------------------------------------------------------------
+
+THREAT = {"norm": "linf", "epsilon": "1/50"}
+ABOUT = {"data": "digits", "data_fingerprint": "f" * 16, "split": "test", "weights_sha256": "a" * 64}
+VERIFIED = ABOUT | {"images": [10, 19], "verification": {"threat": THREAT, "seed": 0}}
+EXPORTED = ABOUT | {"images": list(range(10, 19)), "threat": THREAT, "labels": [index % 10 for index in range(10, 19)]}
+
+
+def exported(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "export.json").write_text(json.dumps(EXPORTED | changes))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["verification.json", "summary.json"])
+def test_an_export_of_the_same_verification(verdicts: Path, results: Path, tmp_path: Path, name: str) -> None:
+    verdicts.with_name(name).write_text(json.dumps(VERIFIED))
+    for given in (verdicts, verdicts.parent):
+        assert run(given, results, "--export", exported(tmp_path / "export")) == 0
+
+
+def test_an_export_of_some_of_the_images(verdicts: Path, tmp_path: Path) -> None:
+    verdicts.with_name("verification.json").write_text(json.dumps(VERIFIED))
+    results = tmp_path / "some.csv"
+    results.write_text(line(10, "unsat"))
+    folder = exported(tmp_path / "export", images=[10, 11], labels=[0, 1], data_fingerprint="e" * 16)
+    assert run(verdicts, results, "--export", folder) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"weights_sha256": "b" * 64}, f"there weights is {'b' * 16}, in "),
+        ({"threat": THREAT | {"epsilon": "1/40"}}, "there threat is linf 1/40, in "),
+        ({"data_fingerprint": "e" * 16}, f"there data_fingerprint is {'e' * 16}, in "),
+        ({"data": "mnist"}, "there data is mnist, in "),
+        ({"split": "train"}, "there split is train, in "),
+        ({"labels": [0, 1, 3, 3, 4, 5, 6, 7, 8]}, "image 12 has label 3, ours has 2"),
+        ({"images": [10], "labels": [0]}, "has no image 11, which the results are about"),
+        ({"labels": [0]}, "does not say what it is about"),
+        ({"threat": None}, "does not say what it is about"),
+    ],
+)
+def test_an_export_of_another_verification_is_refused(
+    verdicts: Path,
+    results: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    expected: str,
+) -> None:
+    verdicts.with_name("verification.json").write_text(json.dumps(VERIFIED))
+    assert expected in refused(capsys, verdicts, results, "--export", exported(tmp_path / "export", **changes))
+
+
+def test_an_export_that_is_none(
+    verdicts: Path, results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = exported(tmp_path / "export")
+    assert "is no verification.json or summary.json" in refused(capsys, verdicts, results, "--export", folder)
+    (tmp_path / "summary.json").write_text(json.dumps({"standard_accuracy": 0.5}))  # of a training
+    assert "does not say what it is about" in refused(capsys, verdicts, results, "--export", folder)
+    assert "export.json cannot be read: No such file" in refused(capsys, verdicts, results, "--export", tmp_path / "x")
+
+
+def test_a_folder_stands_for_its_verdicts(verdicts: Path, results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(verdicts.parent, results) == 0
+    assert "is one of the files to compare" in refused(capsys, verdicts.parent, results, "--out", verdicts)
 
 
 def test_a_wrong_use_is_told_in_a_line(verdicts: Path, capsys: pytest.CaptureFixture[str]) -> None:

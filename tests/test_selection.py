@@ -17,7 +17,7 @@ from train_cases import run as train
 
 from ccdist import checkpoint, selection
 from ccdist.config import DataConfig
-from ccdist.data import load_dataset, load_test_set, to_pixels
+from ccdist.data import DATA_DIR_VARIABLE, load_dataset, load_test_set, to_pixels
 from ccdist.networks import Network, Normalize, build_network
 from ccdist.selection import Selection, SelectionError, parse_images
 
@@ -158,7 +158,8 @@ def test_a_data_set_of_ones_own(models: Path, tmp_path: Path) -> None:
         (("plain", "--data", "digits", "--epsilon", "8"), "write 8/255 if that is what you mean"),
         (("plain", "--data", "digits", "--epsilon", "many"), "got many"),
         (("odd", "--data", "digits"), "MODEL's recipe: threat.epsilon: epsilon is 7"),
-        (("plain", "--data", "digit", "--epsilon", "0.1"), "unknown data set 'digit'"),
+        (("plain", "--data", "digit", "--epsilon", "0.1"), "unknown --data 'digit'; known: digits"),
+        (("plain", "--data", "digit", "--epsilon", "0.1"), "your own data needs --path, a folder with Parquet files"),
         (("plain", *DIGITS, "--path", "/nowhere"), "/nowhere has no test.parquet"),
         (("whole", "--split", "validation"), "holds out no images of digits"),
         (("larger", *DIGITS), "the images of digits are 1 x 8 x 8 (channels, height, width), and the network cannot"),
@@ -172,6 +173,21 @@ def test_a_data_set_of_ones_own(models: Path, tmp_path: Path) -> None:
 def test_each_mistake_has_its_line(models: Path, arguments: tuple[str, ...], expected: str) -> None:
     model, *rest = arguments
     assert expected in refused(models / model, *rest)
+
+
+def test_missing_data_is_told_by_the_options(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DATA_DIR_VARIABLE, str(tmp_path))
+    answers = [
+        refused(models / "plain", "--data", "tiny_imagenet", "--epsilon", "0.1"),
+        refused(models / "plain", "--data", "mine", "--epsilon", "0.1"),
+        refused(models / "plain", *DIGITS, "--path", "/nowhere", "--split", "train"),
+    ]
+    assert "give a folder by --path" in answers[0]
+    for answer in answers:
+        assert "--path" in answer
+        assert "data.path" not in answer
+        assert "--set" not in answer
+        assert len(answer) < 300
 
 
 def test_an_unfinished_training_is_named(tmp_path: Path) -> None:

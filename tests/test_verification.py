@@ -281,6 +281,45 @@ def test_refusals() -> None:
         verify(partly, HAND_IMAGES, HAND_LABELS, config())
 
 
+def nan_pixel() -> Tensor:
+    images = HAND_IMAGES.clone()
+    images[3, 0, 0, 1] = torch.nan
+    return images
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        ((HAND_IMAGES * 255).to(torch.uint8), HAND_LABELS, r"images are uint8; ccdist\.data\.to_pixels\(images\)"),
+        (HAND_IMAGES.half(), HAND_LABELS, r"images are torch\.float16; expected torch\.float32"),
+        (HAND_IMAGES.double(), HAND_LABELS, r"images are torch\.float64, the network is torch\.float32"),
+        (HAND_IMAGES.numpy(), HAND_LABELS, "images are a ndarray; expected a tensor"),
+        (HAND_IMAGES[0], HAND_LABELS[:1], r"images have the shape \[1, 1, 2\]; expected \[N, C, H, W\]"),
+        (nan_pixel(), HAND_LABELS, "images have pixels that are not finite"),
+        (HAND_IMAGES / 0, HAND_LABELS, "images have pixels that are not finite"),
+        (HAND_IMAGES * 2, HAND_LABELS, r"images have pixels from 0\.6 to 1\.6; expected all in \[0, 1\]"),
+        (HAND_IMAGES - 0.4, HAND_LABELS, "images have pixels from -0.1 to"),
+        (HAND_IMAGES, HAND_LABELS.float(), r"labels are torch\.float32; expected torch\.int64"),
+        (HAND_IMAGES, HAND_LABELS.tolist(), r"labels are a list; expected a tensor \[N\]"),
+        (HAND_IMAGES, HAND_LABELS.view(-1, 1), r"labels have the shape \[5, 1\]; expected \[N\]"),
+        (HAND_IMAGES, HAND_LABELS + 1, "labels go from 1 to 2, but the network has 2 classes, counted from 0"),
+        (HAND_IMAGES, HAND_LABELS - 1, "labels go from -1 to 0, but"),
+    ],
+)
+def test_images_and_labels_that_are_none_are_refused(images: Any, labels: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        verify.__wrapped__(hand_network(), images, labels, config())  # type: ignore[attr-defined]
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_of_other_integers_are_the_same_labels() -> None:
+    tables = [
+        verify(hand_network(), HAND_IMAGES, HAND_LABELS.to(dtype), config()).drop_columns("seconds")
+        for dtype in (torch.int64, torch.int32, torch.int8)
+    ]
+    assert all(table.equals(tables[0]) for table in tables)
+
+
 def test_accuracies_of_a_written_table() -> None:
     rows = [
         ("certified", "ibp"),
@@ -614,7 +653,7 @@ def test_a_state_of_another_verification_is_refused(tmp_path: Path) -> None:
     ):
         verify(network, images, labels, config(seed=1), state=tmp_path)
     with pytest.raises(ValueError, match="there images is "):
-        verify(network, images + 0.001, labels, config(), state=tmp_path)
+        verify(network, images * 0.999, labels, config(), state=tmp_path)
     with pytest.raises(ValueError, match="there images is "):
         verify(network, images, (labels + 1) % 3, config(), state=tmp_path)
     with pytest.raises(ValueError, match="there weights is "):

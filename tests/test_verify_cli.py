@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -107,12 +108,13 @@ def test_it_leaves_rows_counter_examples_and_a_summary(
 
     lines = told.splitlines()
     assert [line.split(":")[0] for line in lines[:5]] == ["clean", *RUNGS]
-    for number, word in ((-3, "standard"), (-2, "adversarial"), (-1, "certified")):
+    assert lines[-1] == f"results: {out}"
+    for number, word in ((-4, "standard"), (-3, "adversarial"), (-2, "certified")):
         accuracy = summary[f"{word}_accuracy"]
         assert lines[number].startswith(f"{word} accuracy")
         assert f" {round(accuracy * 60)}/60 = {accuracy:.4f}" in lines[number]
-    assert "(PGD, 40 steps, restarts: 1)" in lines[-2]
-    assert "undecided; no branch and bound)" in lines[-1]
+    assert "(PGD, 40 steps, restarts: 1)" in lines[-3]
+    assert "undecided; no branch and bound)" in lines[-2]
 
     before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "lock"}
     assert run(model, out, "--images", "20:80", "--batch-size", 25) == 0
@@ -175,10 +177,46 @@ def test_two_ranges_make_one_table(model: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(*bounds, atol=1e-6)
 
 
-def test_the_default_folder_is_one_for_each_question(model: Path) -> None:
+def test_without_an_attack_there_is_no_adversarial_accuracy(
+    model: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(model, out, "--images", "0:10", rungs=("ibp",)) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["adversarial_accuracy"] is None
+    assert summary["standard_accuracy"] > 0
+    assert "adversarial accuracy  not measured (no attack)" in capsys.readouterr().out.splitlines()
+    assert run(model, out, "--images", "0:10", rungs=("ibp",)) == 0
+    assert "adversarial accuracy  not measured (no attack)" in capsys.readouterr().out.splitlines()
+
+
+def test_the_readme_replays_counter_examples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    assets = Path("tests/assets/verification")
+    words = [assets / "fashion_mnist_cnn3", "--path", assets / "images" / "fashion_mnist", "--images", "0:20"]
+    assert verify.main([*map(str, words), "--rungs", "pgd", "--threads", "1", "--out", "runs/verify"]) == 0
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (code,) = [block for block in blocks if "counterexamples.parquet" in block]
+    capsys.readouterr()
+    exec(compile(code, "README.md", "exec"), {})
+    replayed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {row["index"]: row for row in pq.read_table("runs/verify/verdicts.parquet").to_pylist()}
+    assert replayed
+    for index, method, predicted in replayed:
+        row = rows[int(index)]
+        assert (row["verdict"], row["method"]) == ("falsified", method)
+        assert int(predicted) != row["label"]
+
+
+def test_the_default_folder_is_one_for_each_question(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(model, None, "--images", "0:5", rungs=("ibp",)) == 0
     assert run(model, None, "--images", "5:10", rungs=("ibp",)) == 0
     assert run(model, None, "--images", "5:10", rungs=("ibp",)) == 0
+    told = Path(capsys.readouterr().out.splitlines()[-1].removeprefix("results: "))
+    assert told.parent == model / "verification"
+    assert (told / "summary.json").exists()
     folders = list((model / "verification").iterdir())
     assert len(folders) == 2
     assert all((folder / "summary.json").exists() for folder in folders)
@@ -291,6 +329,9 @@ def test_stopped_it_says_how_to_go_on(
 
     monkeypatch.setitem(verification.RUNGS, "pgd", not_again)
     assert run(model, out, *rest) == 0
+    decided = [line for line in capsys.readouterr().out.splitlines() if line.startswith("going on: ")]
+    assert len(decided) == 1
+    assert re.fullmatch(r"going on: [1-9]\d* of 60 images decided", decided[0])
     monkeypatch.undo()
     assert run(model, tmp_path / "whole", *rest) == 0
     assert verdicts(out).equals(verdicts(tmp_path / "whole"))
@@ -362,11 +403,12 @@ def test_killed_again_and_again_it_ends_like_an_uninterrupted_run(model: Path, t
     [
         (["--images", "0:0"], "--images 0:0 leaves no image"),
         (["--images", "5000:6000"], "--images 5000:6000 leaves no image"),
-        (["--data", "nothing"], "unknown data set 'nothing'"),
-        (["--data", "mnist", "--path", "nowhere"], "data.path nowhere has no test.parquet"),
+        (["--data", "nothing"], "unknown --data 'nothing'"),
+        (["--data", "mnist", "--path", "nowhere"], "--path nowhere has no test.parquet"),
         (["--epsilon", "8"], "epsilon is 8; expected a radius above 0 and below 1"),
         (["--rungs", "pgd", "crowns"], "--rungs: 'crowns' is not allowed"),
         (["--rungs", "ibp", "ibp"], "name one twice"),
+        (["--rungs", "branch_and_bound", "pgd"], "--rungs: attacks come before branch_and_bound; move pgd before it"),
         (["--timeout", "0"], "--timeout: '0' is not allowed"),
         (["--timeout", "soon"], "--timeout: 'soon' is not allowed"),
         (["--max-branches", "0"], "--max-branches: '0' is not allowed"),
