@@ -23,6 +23,17 @@ for name, max_examples in {"dev": 10, "ci": 50, "intense": 1000}.items():
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
 
+# Seconds for a test of the intense profile, in place of its own limit.
+INTENSE_TIMEOUT_S = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A hundred times the examples need more time than a test's own limit, which is that of the other profiles."""
+    if os.environ.get("HYPOTHESIS_PROFILE") == "intense":
+        for item in items:
+            item.add_marker(pytest.mark.timeout(INTENSE_TIMEOUT_S), append=False)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """A GPU where there is one: the same tests run on either, and none needs it."""
