@@ -234,7 +234,7 @@ def test_an_empty_folder_is_used_and_a_full_one_refused(
         (("--timeout", "nan"), "--timeout nan"),
         (("--epsilon", "8"), "write 8/255 if that is what you mean"),
         (("--images", "900"), "--images 900 leaves no image"),
-        (("--data", "digit"), "unknown data set 'digit'"),
+        (("--data", "digit"), "unknown --data 'digit'"),
         (("--images", "-3:"), "argument --images: expected one argument; see python -m ccdist.export --help"),
         (("--timeout", "soon"), "argument --timeout: invalid float value: 'soon'"),
         (("--out", ""), "argument --out: it is empty"),
