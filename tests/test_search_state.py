@@ -87,7 +87,7 @@ def test_killed_at_random_rounds(seed: int, tmp_path: Path) -> None:
         except Killed:
             kills += 1
             assert kills < 100
-    assert kills >= 2
+    assert kills >= 1
     assert [outcome.position for outcome in found] == list(range(len(expected)))
     for one, other in zip(expected, found, strict=True):
         bab.assert_same(one, other)
