@@ -33,8 +33,9 @@ NETWORKS, IMAGES = 5, 20
 # A verdict of a margin so near 0 is one of the solver's rounding; such an image is replaced by another.
 UNCOUNTED_MARGIN = 1e-6
 # So is a margin below what the network's own forward passes may round by: no proof of it would be one. Relative to the
-# allowance of the whole region, which those of its parts may exceed.
-UNCOUNTED_ALLOWANCES = 2
+# allowance of interval bounds; that of linear bounds may be larger, more than twice on two of 800 images. In float64 it
+# is far below the solver's rounding.
+UNCOUNTED_ALLOWANCES = 10
 # A network whose logits vary less over random images is hardly one: its ReLUs are nearly all dead.
 LEAST_DEVIATION = 0.1
 # float32 bounds and the solver's tolerance, relative to the margin.
@@ -204,12 +205,13 @@ def make_case(seed: int, dtype: torch.dtype | None = None) -> Case:
     labels = network(images).argmax(1)
     if dtype is None:
         dtype = torch.float64 if seed % 4 >= 2 else torch.float32
-    uncounted = UNCOUNTED_ALLOWANCES * allowance(network.to(dtype), images, labels, epsilon)
-    assert dtype == torch.float32 or uncounted < UNCOUNTED_MARGIN  # the oracle's rounding decides there, not ours
+    uncounted = UNCOUNTED_MARGIN
+    if dtype == torch.float32:
+        uncounted = max(uncounted, UNCOUNTED_ALLOWANCES * allowance(network.to(dtype), images, labels, epsilon))
     chosen: dict[int, exact.Minimum] = {}
     for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         minimum = exact.least_margin(doubled, *exact.exact_box(image, float(epsilon)), label)
-        if minimum.lower > max(uncounted, UNCOUNTED_MARGIN) or minimum.margin < -UNCOUNTED_MARGIN:
+        if minimum.lower > uncounted or minimum.margin < -UNCOUNTED_MARGIN:
             chosen[index] = minimum
         if len(chosen) == IMAGES:
             break
