@@ -27,7 +27,6 @@ Proved = tuple[Float[Tensor, "B J"], Float[Tensor, "B J"]]
 
 # Bytes for the weights of one chunk of linear functions on their way back; a few tensors of this size exist at once.
 CHUNK_BYTES = 64 * 2**20
-# A linear bound goes on with activations after this many leaves: before the first one intervals are exact.
 
 
 def proved_bounds(

@@ -27,7 +27,7 @@ from ccdist.networks import Network
 from ccdist.neurons import Images, Neurons, Tap, ThroughNeurons, neurons_of
 from ccdist.threats import L2Ball, Region
 
-# Adam's learning rates: slopes live in [0, 1]; beta is in units of its layer's weights (see `Objective.scales`).
+# Adam's learning rates: slopes live in [0, 1]; beta is in units of its layer's weights (see `Batch.scales`).
 ALPHA_RATE, BETA_RATE = 0.2, 0.2
 RATE_DECAY = 0.95
 MOMENTS = (0.9, 0.999)
