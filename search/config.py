@@ -72,6 +72,9 @@ class SearchOptions(Config):
         None, description="hypervolume reference (standard, certified), fractions; None: the floors, else (0, 0)"
     )
     points: tuple[dict[str, Any], ...] = Field((), description="configurations to try first, by parameter name")
+    seeds: int = Field(
+        1, ge=1, description="configurations near the front are repeated until they have so many seeds; 1: never"
+    )
 
     @field_validator("reference")
     @classmethod
@@ -99,7 +102,37 @@ class SearchOptions(Config):
 
 
 class BudgetConfig(Config):
-    trials: int = Field(ge=1, description="finished trials to reach; failed ones are extra")
+    """When a search ends: at the first limit that is reached. Time left after the last trial goes to verification."""
+
+    trials: int = Field(ge=1, description="trials to reach, stopped ones included; failed ones are extra")
+    hours: float | None = Field(None, gt=0, description="wall-clock hours of this command; then trials are cut off")
+    accelerator_hours: float | None = Field(
+        None,
+        gt=0,
+        description="hours of trials, each weighed with its GPUs (without a GPU: its cores), over all commands",
+    )
+
+
+class StoppingConfig(Config):
+    """What ends early. A trial that nobody dominates is never stopped."""
+
+    verification: bool = Field(True, description="stop verifying what cannot reach the front whatever is still open")
+    training: Literal["rungs", "fractions", "off"] = Field(
+        "rungs",
+        description="rungs: judged at the target epsilon while training; fractions: judged after shortened recipes",
+    )
+    keep: float = Field(
+        0.5, gt=0, lt=1, description="share of a rung's trials that goes on, those that nobody dominates always"
+    )
+    peers: int = Field(4, ge=1, description="trials that must have reached a rung before it stops anybody")
+    agreement: float = Field(
+        0.3, ge=-1, le=1, description="rank agreement of a rung with finished trials below which it stops nobody"
+    )
+
+
+def _on_or_off(value: Any) -> Any:
+    """`stopping: false` is short for turning every kind off, `true` for the defaults."""
+    return {True: {}, False: {"verification": False, "training": "off"}}[value] if isinstance(value, bool) else value
 
 
 class ResourcesConfig(Config):
@@ -150,6 +183,7 @@ class SearchConfig(Config):
     verification: VerificationOptions = VerificationOptions()
     search: SearchOptions = SearchOptions()
     budget: BudgetConfig
+    stopping: Annotated[StoppingConfig, BeforeValidator(_on_or_off)] = StoppingConfig()
     resources: ResourcesConfig = ResourcesConfig()
     storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -169,7 +203,8 @@ class SearchConfig(Config):
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a study to be continued: everything that a result depends on."""
-        full = self.model_dump(mode="json", exclude={"budget", "resources", "storage", "tracking"})
+        full = self.model_dump(mode="json", exclude={"budget", "stopping", "resources", "storage", "tracking"})
+        full["search"].pop("seeds")
         full["data"].pop("path")  # where the images lie is no part of what they are: their fingerprint is checked
         return full
 

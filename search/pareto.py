@@ -1,9 +1,15 @@
-"""Dominance, front and hypervolume of points whose every coordinate is better when larger.
+"""Dominance, front and hypervolume of points, and of boxes that hold them; every coordinate is better when larger.
 
-Legend: N points, M objectives.
+A box is what is known of a point so far: it lies between a worst corner `lower` and a best corner `upper`, and may be
+anywhere between them, whatever the other points are.
+
+Legend: N points or boxes, M objectives.
 """
 
+import bisect
+import itertools
 import math
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,8 +45,36 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
     values = _points(points)
     if len(values) == 0:
         return np.empty(0, dtype=np.intp)
-    on_front = _front_of_pairs(values) if values.shape[1] == 2 else _front_by_comparison(values)
-    return np.flatnonzero(on_front)
+    dominated = _dominated(values, values) if values.shape[1] == 2 else _dominated_by_comparison(values)
+    return np.flatnonzero(~dominated)
+
+
+def layers(points: ArrayLike) -> NDArray[np.intp]:
+    """Layer of every point, shape [N]: 0 on the front, 1 on the front of the rest, and so on; equal points share one.
+
+    Costs O(N log N).
+
+    Args:
+        points: shape [N, 2], larger is better; an empty sequence is no points.
+
+    Raises:
+        ValueError: points have another shape or hold a value that is not finite.
+    """
+    values = _pairs(points, "points")
+    order = np.lexsort((-values[:, 1], -values[:, 0]))
+    ordered = values[order]
+    is_new = np.any(np.diff(ordered, axis=0, prepend=np.inf) != 0, axis=1)
+    # In this order every dominator of a point comes before it, and those that come before it dominate it unless their
+    # second objective is smaller: it belongs to the first layer whose best second objective so far is smaller.
+    negated_best: list[float] = []  # of each layer; ascending, since a layer surpasses the next one
+    numbers = []
+    for second in ordered[is_new, 1].tolist():
+        number = bisect.bisect_right(negated_best, -second)
+        negated_best[number : number + 1] = [-second]
+        numbers.append(number)
+    found = np.empty(len(values), dtype=np.intp)
+    found[order] = np.array(numbers, dtype=np.intp)[np.cumsum(is_new) - 1]
+    return found
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
@@ -55,74 +89,280 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     Raises:
         ValueError: points or reference have another shape or hold a value that is not finite.
     """
-    values, corner = _pairs_and_reference(points, reference)
-    return _staircase_area(values[np.all(values > corner, axis=1)], corner)
+    return _area(_pairs(points, "points"), _reference(reference))
 
 
 def hypervolume_trace(points: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
-    """Hypervolume of the first n points for n = 1 to N, shape [N]; arguments as for `hypervolume`."""
-    values, corner = _pairs_and_reference(points, reference)
-    areas = np.zeros(len(values))
-    kept, area = np.empty((0, 2)), 0.0
-    for index, point in enumerate(values):
-        # A point that another equals or dominates changes no area: only the steps of the trace are computed.
-        if np.all(point > corner) and not np.any(np.all(kept >= point, axis=1)):
-            kept = np.vstack([kept[~np.all(kept <= point, axis=1)], point])
-            area = _staircase_area(kept, corner)
-        areas[index] = area
-    return areas
+    """Hypervolume of the first n points for n = 1 to N, shape [N]; arguments as for `hypervolume`.
 
-
-def _front_of_pairs(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which rows of [N, 2] are on the front, by one sweep from the largest first objective down."""
-    order = np.lexsort((-values[:, 1], -values[:, 0]))
-    first, second = values[order, 0], values[order, 1]
-    starts = np.flatnonzero(np.concatenate([[True], first[1:] != first[:-1]]))
-    group = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(values))))
-    # The rows of a group share the first objective, so its first row has the group's best second objective.
-    group_best = second[starts]
-    best_before = np.concatenate([[-np.inf], np.maximum.accumulate(group_best)[:-1]])
-    on_front = np.empty(len(values), dtype=np.bool_)
-    on_front[order] = (second == group_best[group]) & (group_best > best_before)[group]
-    return on_front
-
-
-def _front_by_comparison(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which rows of [N, M] are on the front, each row compared with all."""
-    dominated = [bool(np.any(np.all(values >= point, axis=1) & np.any(values > point, axis=1))) for point in values]
-    return ~np.array(dominated, dtype=np.bool_)
-
-
-def _staircase_area(values: NDArray[np.float64], corner: NDArray[np.float64]) -> float:
-    """Area between the corner and points of [N, 2] above it: slabs, from the corner upwards in objective 2.
-
-    The sum is correctly rounded, so dominated and repeated points, whose slabs are empty, change no bit.
+    Each value is the one before plus what the point adds, so the last may differ from `hypervolume` by N roundings.
     """
-    if len(values) == 0:
-        return 0.0
-    stairs = values[_front_of_pairs(values)]
-    stairs = stairs[np.argsort(stairs[:, 1])]
-    widths = stairs[:, 0] - corner[0]
-    heights = np.diff(stairs[:, 1], prepend=corner[1])
-    return math.fsum(widths * heights)
+    values, corner = _pairs(points, "points"), _reference(reference)
+    gains = np.zeros(len(values))
+    # The stairs so far by rising second objective, hence falling first, between two that no point reaches: every
+    # search below ends at a stair. First objectives are negated because bisect wants them ascending.
+    negated_firsts, seconds = [-math.inf, -float(corner[0])], [float(corner[1]), math.inf]
+    for index in np.flatnonzero(np.all(values > corner, axis=1)).tolist():
+        first, second = values[index].tolist()
+        if -negated_firsts[bisect.bisect_left(seconds, second)] >= first:
+            continue  # a stair equals or dominates the point
+        begin, end = bisect.bisect_left(negated_firsts, -first), bisect.bisect_right(seconds, second)
+        levels = [*seconds[begin - 1 : end], second]
+        gains[index] = math.fsum(
+            (first + negated_firsts[begin + step]) * (level - below)
+            for step, (below, level) in enumerate(itertools.pairwise(levels))
+        )
+        negated_firsts[begin:end], seconds[begin:end] = [-first], [second]
+    return np.cumsum(gains)
 
 
-def _pairs_and_reference(points: ArrayLike, reference: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    values, corner = _points(points), _finite(reference, "reference")
-    if values.shape[1] != 2:
-        raise ValueError(f"the hypervolume is of points with shape [N, 2], got {values.shape}")
+def contributions(points: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
+    """Hypervolume that is lost when one point goes and all others stay, shape [N]; O(N log N).
+
+    Dominated points, repeated points and points that are not above the reference have 0. What a dominated point holds
+    behind a point of the front is not lost with that point.
+
+    Args:
+        points: shape [N, 2], larger is better; an empty sequence is no points.
+        reference: shape [2], the corner from which area counts.
+
+    Raises:
+        ValueError: points or reference have another shape or hold a value that is not finite.
+    """
+    values, corner = _pairs(points, "points"), _reference(reference)
+    rows, is_stair = _sweep(values, corner)
+    stairs, rest = values[rows[is_stair]], values[rows[~is_stair]]
+    # Only the rectangle up to a stair from its neighbours' levels is its own, and these rectangles are disjoint.
+    left = np.append(stairs[1:, 0], corner[0])
+    floor = np.concatenate([corner[1:], stairs[:-1, 1]])
+    # Behind every stair its dominated points make a staircase of their own. In the order of the sweep their levels
+    # rise from stair to stair, so one running maximum serves all; those below the floor make slabs of height 0.
+    behind = (np.cumsum(is_stair) - 1)[~is_stair]
+    level = np.maximum(_best_before(rest[:, 1]), floor[behind])
+    slabs = (stairs[behind, 0] - rest[:, 0]) * np.maximum(rest[:, 1] - level, 0)
+    top = floor.copy()
+    np.maximum.at(top, behind, rest[:, 1])
+    lost = np.zeros(len(values))
+    lost[rows[is_stair]] = np.bincount(behind, slabs, len(stairs)) + (stairs[:, 0] - left) * (stairs[:, 1] - top)
+    return lost
+
+
+# ---- boxes ---------------------------------------------------------------------------------------------------------
+
+
+def surely_dominated(lower: ArrayLike, upper: ArrayLike) -> NDArray[np.bool_]:
+    """Whether another's worst corner dominates the box's best corner, shape [N]: dominated wherever the points are.
+
+    Args:
+        lower: worst corners, shape [N, 2]; an empty sequence is no boxes.
+        upper: best corners, shape [N, 2], in no objective below lower.
+
+    Raises:
+        ValueError: a corner has another shape, is not finite, or a worst corner is above its best corner.
+    """
+    worst, best = _boxes(lower, upper)
+    return _dominated(best, worst)
+
+
+def possible_front(lower: ArrayLike, upper: ArrayLike) -> NDArray[np.intp]:
+    """Indices, ascending, of the boxes that hold a point of the front for some points in the boxes.
+
+    Those are the boxes that are not `surely_dominated`; arguments and errors are the same.
+    """
+    return np.flatnonzero(~surely_dominated(lower, upper))
+
+
+def certain_front(lower: ArrayLike, upper: ArrayLike) -> NDArray[np.intp]:
+    """Indices, ascending, of the boxes that hold a point of the front for all points in the boxes.
+
+    Those are the boxes whose worst corner no other's best corner dominates. Equal corners do not dominate, so points
+    that are known and equal are all certain. Arguments and errors as for `surely_dominated`.
+    """
+    worst, best = _boxes(lower, upper)
+    return np.flatnonzero(~_dominated(worst, best, own=best))
+
+
+def hypervolume_bounds(lower: ArrayLike, upper: ArrayLike, reference: ArrayLike) -> tuple[float, float]:
+    """Smallest and largest hypervolume over all points in the boxes: that of the worst and of the best corners.
+
+    Args:
+        lower: worst corners, shape [N, 2]; an empty sequence is no boxes.
+        upper: best corners, shape [N, 2], in no objective below lower.
+        reference: shape [2], the corner from which area counts.
+
+    Raises:
+        ValueError: as for `surely_dominated`, or the reference has another shape or is not finite.
+    """
+    worst, best = _boxes(lower, upper)
+    corner = _reference(reference)
+    low = _area(worst, corner)
+    return low, max(low, _area(best, corner))  # two nearly equal areas may be rounded past each other
+
+
+def beaten_by(lower: ArrayLike, upper: ArrayLike, index: int) -> int | None:
+    """The trial because of which `index` need not be known better, or None: the rule of verification by dominance.
+
+    Trial j beats trial i when lower[j] dominates upper[i], or lower[j] equals upper[i] and j < i. Wherever the two
+    points then are, j's dominates i's or equals it and has the smaller number. That relation has no cycles, so what is
+    dropped by it in any order of refinements is never the smallest number of a point of the final front, even when
+    the beating trial was dropped itself. Costs O(N).
+
+    Args:
+        lower: worst corners, shape [N, 2], ordered by trial number.
+        upper: best corners, shape [N, 2], in no objective below lower.
+        index: the trial that is asked about, in [0, N).
+
+    Returns:
+        The smallest index that beats it.
+
+    Raises:
+        ValueError: as for `surely_dominated`, or there is no trial of this index.
+    """
+    worst, best = _boxes(lower, upper)
+    if not 0 <= index < len(best):
+        raise ValueError(f"index must be that of one of the {len(best)} boxes, got {index}")
+    reaches = np.all(worst >= best[index], axis=1)
+    # A later trial, or the same, must be above the corner in one objective: the index itself never is.
+    reaches[index:] &= np.any(worst[index:] > best[index], axis=1)
+    beating = np.flatnonzero(reaches)
+    return int(beating[0]) if len(beating) else None
+
+
+def uncertainty(lower: ArrayLike, upper: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
+    """How much narrower `hypervolume_bounds` become when this box alone becomes a point, shape [N]; O(N log N).
+
+        at best  = H(lower and upper[i]) - H(lower)               its best corner lifts the low end
+        at worst = H(upper) - H(upper, lower[i] for upper[i])     its worst corner brings the high end down
+        uncertainty = (at best + at worst) / 2
+
+    The mean is the expectation when both corners are equally likely, and expectations may be divided by expected
+    seconds. The larger of the two would not do: boxes that reach equally far would each count in full, although the
+    high end stays where it is when one of them turns out badly. A box that is a point, is surely dominated or does not
+    reach beyond the reference has 0.
+
+    Arguments and errors as for `hypervolume_bounds`. At best is a difference of sums, with an error of at most
+    N * 2.3e-16 of the hypervolume.
+    """
+    worst, best = _boxes(lower, upper)
+    corner = _reference(reference)
+    # Worst corners add nothing next to their best corners, except the one whose best corner is taken away.
+    at_worst = contributions(np.concatenate([best, worst]), corner)[: len(best)]
+    return (_gains(worst, best, corner) + at_worst) / 2
+
+
+# ---- sweeps --------------------------------------------------------------------------------------------------------
+
+
+def _dominated(
+    points: NDArray[np.float64], by: NDArray[np.float64], own: NDArray[np.float64] | None = None
+) -> NDArray[np.bool_]:
+    """Whether a row of `by` dominates the row of `points`, shape [N].
+
+    With `own`, which is then `by` and nowhere below `points`, the row of the same index does not count.
+    """
+    order = np.argsort(by[:, 0])
+    firsts, seconds = by[order, 0], by[order, 1]
+    best = _best_from(seconds)
+    second_best = _best_from(np.minimum(seconds, best[1:]))
+
+    def best_of_others(side: Literal["left", "right"]) -> NDArray[np.float64]:
+        place = np.searchsorted(firsts, points[:, 0], side)
+        if own is None:
+            return best[place]
+        counts_itself = own[:, 0] >= points[:, 0] if side == "left" else own[:, 0] > points[:, 0]
+        return np.where(counts_itself & (own[:, 1] == best[place]), second_best[place], best[place])
+
+    return (best_of_others("left") > points[:, 1]) | (best_of_others("right") >= points[:, 1])
+
+
+def _dominated_by_comparison(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether a row of [N, M] is dominated, each row compared with all."""
+    dominated = [bool(np.any(np.all(values >= point, axis=1) & np.any(values > point, axis=1))) for point in values]
+    return np.array(dominated, dtype=np.bool_)
+
+
+def _sweep(values: NDArray[np.float64], corner: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Rows above the corner by falling first objective, and which are stairs: the front, of equal points one."""
+    rows = np.flatnonzero(np.all(values > corner, axis=1))
+    rows = rows[np.lexsort((-values[rows, 1], -values[rows, 0]))]
+    seconds = values[rows, 1]
+    return rows, seconds > _best_before(seconds)
+
+
+def _best_before(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Largest value before each, -inf before the first."""
+    return np.concatenate([[-np.inf], np.maximum.accumulate(seconds)])[: len(seconds)]
+
+
+def _best_from(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Largest value from each to the end, shape [N + 1]; -inf after the end."""
+    return np.append(np.maximum.accumulate(seconds[::-1])[::-1], -np.inf)
+
+
+def _area(values: NDArray[np.float64], corner: NDArray[np.float64]) -> float:
+    """Area between the corner and points of [N, 2]: slabs, from the corner upwards in objective 2.
+
+    The sum is correctly rounded and only stairs have slabs, so dominated and repeated points change no bit.
+    """
+    rows, is_stair = _sweep(values, corner)
+    stairs = values[rows[is_stair]]
+    return math.fsum((stairs[:, 0] - corner[0]) * np.diff(stairs[:, 1], prepend=corner[1]))
+
+
+def _gains(
+    values: NDArray[np.float64], candidates: NDArray[np.float64], corner: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """What each candidate alone would add to the area of the values, shape [candidates]."""
+    rows, is_stair = _sweep(values, corner)
+    stairs = values[rows[is_stair]] - corner
+    levels = np.concatenate([[0.0], stairs[:, 1]])
+    widths = np.append(stairs[:, 0], 0.0)  # of the slab above each level
+    area_up_to = np.concatenate([[0.0], np.cumsum(stairs[:, 0] * np.diff(levels))])
+    first, second = (candidates - corner).T
+    # Slabs at least as wide as the candidate lie below `begin`; `end` is the slab in which its own level is.
+    begin = np.searchsorted(-stairs[:, 0], -first, "right")
+    end = np.searchsorted(stairs[:, 1], second, "left")
+    whole = first * (levels[end] - levels[begin]) - (area_up_to[end] - area_up_to[begin])
+    gains = np.maximum(whole, 0) + (first - widths[end]) * (second - levels[end])
+    return np.where((first > 0) & (second > levels[begin]), gains, 0)
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------
+
+
+def _boxes(lower: ArrayLike, upper: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    worst, best = _pairs(lower, "lower"), _pairs(upper, "upper")
+    if worst.shape != best.shape:
+        raise ValueError(f"lower and upper must have one shape [N, 2], got {worst.shape} and {best.shape}")
+    if np.any(worst > best):
+        row, column = (int(i) for i in np.argwhere(worst > best)[0])
+        raise ValueError(
+            f"lower must not be above upper, got {worst[row, column]} above {best[row, column]} at [{row}, {column}]"
+        )
+    return worst, best
+
+
+def _reference(reference: ArrayLike) -> NDArray[np.float64]:
+    corner = _finite(reference, "reference")
     if corner.shape != (2,):
         raise ValueError(f"the reference must have shape [2], got {corner.shape}")
-    return values, corner
+    return corner
 
 
-def _points(points: ArrayLike) -> NDArray[np.float64]:
+def _pairs(points: ArrayLike, name: str) -> NDArray[np.float64]:
+    values = _points(points, name)
+    if values.shape[1] != 2:
+        raise ValueError(f"{name} must have shape [N, 2], got {values.shape}")
+    return values
+
+
+def _points(points: ArrayLike, name: str = "points") -> NDArray[np.float64]:
     """The points as [N, M] in float64; an empty sequence, which has no M of its own, as [0, 2]."""
-    values = _finite(points, "points")
+    values = _finite(points, name)
     if values.shape == (0,):
         return values.reshape(0, 2)
     if values.ndim != 2 or values.shape[1] == 0:
-        raise ValueError(f"points must have shape [N, M] with M >= 1, got {values.shape}")
+        raise ValueError(f"{name} must have shape [N, M] with M >= 1, got {values.shape}")
     return values
 
 

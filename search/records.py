@@ -7,23 +7,57 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-TrialState = Literal["COMPLETE", "FAILED", "RUNNING", "WAITING"]
+# STOPPED: its training was ended early because it could not reach the front; it counts as done.
+TrialState = Literal["COMPLETE", "STOPPED", "FAILED", "RUNNING", "WAITING"]
+VerificationState = Literal["finished", "stopped"]
 OBJECTIVES = ("standard_accuracy", "certified_accuracy")
 
 
 @dataclass(frozen=True)
+class RungValues:
+    """What a trial has shown when its training reached a rung: cheap stand-ins for the objectives."""
+
+    standard_accuracy: float
+    certified_accuracy: float  # proved by interval or linear bounds on a fixed subset of the validation images
+    seconds: float  # spent on the trial up to here
+
+
+@dataclass(frozen=True)
 class TrialResult:
-    """What one finished trial reports; accuracies are fractions of the validation images, costs seconds."""
+    """What one trial reports; accuracies are fractions of the validation images, costs seconds.
+
+    The certified accuracy lies in [certified_accuracy, certified_upper] whatever the undecided images turn out to be.
+    """
 
     standard_accuracy: float
     adversarial_accuracy: float
     certified_accuracy: float
     certified_upper: float
-    verification_state: str
+    verification_state: VerificationState
     num_images: int
     costs: dict[str, float]  # by part: teacher, student, verification
     seconds: float  # from start to end of the trial, interrupted runs included
     provenance: dict[str, str]  # versions, device, commit
+    # Told to the sampler for a verification that was stopped: lower end + open share x proved share of the images that
+    # its last rung decided. None: the lower end is told.
+    expected_certified: float | None = None
+    reason: str | None = None  # why a verification was stopped
+
+    @property
+    def told(self) -> tuple[float, float]:
+        """The objectives as the sampler is told them; reports use the lower end."""
+        expected = self.expected_certified
+        return self.standard_accuracy, self.certified_accuracy if expected is None else expected
+
+    @property
+    def worst(self) -> tuple[float, float]:
+        """(standard, certified) if every undecided image can be attacked."""
+        return self.standard_accuracy, self.certified_accuracy
+
+    @property
+    def best(self) -> tuple[float, float]:
+        """(standard, certified) if every undecided image can be proved."""
+        return self.standard_accuracy, self.certified_upper
 
     def __post_init__(self) -> None:
         for name in (*OBJECTIVES, "adversarial_accuracy", "certified_upper", "seconds"):
@@ -33,7 +67,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial of a study, in whatever state it is. Results are None until the trial is COMPLETE."""
+    """One trial of a study, in whatever state it is. Results are None unless the trial is COMPLETE."""
 
     key: str
     number: int
@@ -45,12 +79,14 @@ class TrialRecord:
     adversarial_accuracy: float | None = None
     certified_accuracy: float | None = None  # lower end: proved / N
     certified_upper: float | None = None  # upper end: (N - falsified) / N
-    verification_state: str | None = None
+    expected_certified: float | None = None
+    verification_state: VerificationState | None = None
     seconds: float | None = None
     costs: dict[str, float] = field(default_factory=dict)  # seconds for teacher, student, verification
     num_images: int | None = None
     finished_at: float | None = None  # Unix time
-    reason: str | None = None  # why a trial FAILED
+    reason: str | None = None  # why a trial FAILED or was STOPPED, or why its verification was
+    rungs: dict[str, RungValues] = field(default_factory=dict)  # by the rung's name, in the order they were reached
 
     @property
     def objectives(self) -> tuple[float, float] | None:
@@ -75,8 +111,13 @@ class StudyRecord:
 
     @property
     def complete(self) -> tuple[TrialRecord, ...]:
-        """The trials whose objectives are known."""
+        """The trials whose objectives are known, certified accuracy at least as an interval."""
         return tuple(trial for trial in self.trials if trial.objectives is not None)
+
+    @property
+    def done(self) -> tuple[TrialRecord, ...]:
+        """The trials that count towards the budget: COMPLETE and STOPPED."""
+        return tuple(trial for trial in self.trials if trial.state in ("COMPLETE", "STOPPED"))
 
     @property
     def unfinished(self) -> tuple[TrialRecord, ...]:

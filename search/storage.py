@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ccdist import checkpoint
 from search.config import SearchConfig
+from search.database import sqlite_file
 from search.errors import UserError
 from search.locks import exclusive
-from search.study import sqlite_file
 
 DEFAULT_STORAGE = "runs"
 _TRACKING_SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql")

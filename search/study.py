@@ -5,20 +5,16 @@ that can be thrown away. Both objectives are maximised; this module alone says s
 """
 
 import json
-import re
-import sqlite3
 import time
 import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from ccdist.config import fingerprint
 from search.config import (
@@ -30,7 +26,8 @@ from search.config import (
     SearchConfig,
     TPEConfig,
 )
-from search.errors import UserError
+from search.database import StudyError as StudyError
+from search.database import open_storage, sqlite_file, without_password
 from search.recipe import derive_seed
 from search.records import OBJECTIVES, StudyRecord, TrialRecord, TrialResult
 from search.records import TrialState as RecordState
@@ -44,10 +41,6 @@ _STATES: dict[TrialState, RecordState] = {
     TrialState.RUNNING: "RUNNING",
     TrialState.WAITING: "WAITING",
 }
-
-
-class StudyError(UserError):
-    """The stored study cannot be used as asked; the text says what to do."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Study:
             StudyError: the stored study has another space, other data or other directions.
         """
         study = optuna.create_study(
-            study_name=config.study_name, storage=_storage(url), directions=DIRECTIONS, load_if_exists=True
+            study_name=config.study_name, storage=open_storage(url), directions=DIRECTIONS, load_if_exists=True
         )
         _check_directions(study)
         attributes = study.user_attrs
@@ -205,7 +198,7 @@ def stored_record(config: SearchConfig, url: str) -> StudyRecord | None:
     database = sqlite_file(url)
     if database is not None and not database.is_file():
         return None
-    storage = _storage(url)
+    storage = open_storage(url)
     if config.study_name not in optuna.get_all_study_names(storage):
         return None
     study = optuna.load_study(study_name=config.study_name, storage=storage)
@@ -224,50 +217,13 @@ def load_record(url: str, name: str) -> StudyRecord:
     database = sqlite_file(url)
     if database is not None and not database.is_file():
         raise StudyError(f"there is no study database {database}; run a search first, or name its --storage")
-    storage = _storage(url)
+    storage = open_storage(url)
     names = optuna.get_all_study_names(storage)
     if name not in names:
         raise StudyError(
             f"no study {name!r} in {without_password(url)}; studies there: {', '.join(sorted(names)) or 'none'}"
         )
     return _record(optuna.load_study(study_name=name, storage=storage))
-
-
-def sqlite_file(url: str) -> Path | None:
-    """The file behind an SQLite URL; None for other databases."""
-    return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
-
-
-def _storage(url: str) -> optuna.storages.RDBStorage:
-    """The database behind a URL.
-
-    Raises:
-        StudyError: it cannot be opened, or is none.
-    """
-    try:
-        return _open_storage(url)
-    except (sqlite3.Error, SQLAlchemyError, ImportError, RuntimeError) as error:
-        reason = without_password(" ".join(str(error).split()))
-        raise StudyError(f"study database {without_password(url)} cannot be opened: {reason}") from error
-
-
-def _open_storage(url: str) -> optuna.storages.RDBStorage:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    database = sqlite_file(url)
-    if database is None:
-        return optuna.storages.RDBStorage(url)
-    # Write-ahead logging lets `search.front` read while a search writes; it is a property of the file.
-    connection = sqlite3.connect(database)
-    try:
-        connection.execute("PRAGMA journal_mode=WAL")
-    finally:
-        connection.close()
-    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-
-
-def without_password(text: str) -> str:
-    """The text with the password of every URL in it hidden."""
-    return re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
 
 
 _ADVICE = "choose another name (--set name=...) or another --storage"

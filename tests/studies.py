@@ -13,7 +13,8 @@ import yaml
 from search.config import SearchConfig, load_search_config
 from search.records import TrialResult
 from search.space import Space
-from search.study import Study, _storage
+from search.database import open_storage
+from search.study import Study
 
 FINGERPRINT = "0123456789abcdef"
 
@@ -82,7 +83,7 @@ def config_of(folder: Path, settings: Sequence[str] = (), **changes: Any) -> Sea
 def empty_database() -> bytes:
     """A database with Optuna's tables and no study: to make them takes ten times as long as to copy them."""
     with tempfile.TemporaryDirectory() as folder:
-        storage = _storage(f"sqlite:///{folder}/study.db")
+        storage = open_storage(f"sqlite:///{folder}/study.db")
         storage.remove_session()
         storage.engine.dispose()
         return (Path(folder) / "study.db").read_bytes()

@@ -47,7 +47,7 @@ class Log:
 def memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """A database of each URL in memory, for the time of a test: opened again, it is the same one."""
     stores: dict[str, InMemoryStorage] = {}
-    monkeypatch.setattr("search.study._storage", lambda url: stores.setdefault(url, InMemoryStorage()))
+    monkeypatch.setattr("search.study.open_storage", lambda url: stores.setdefault(url, InMemoryStorage()))
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import search.space
 from search.config import SearchConfig
 from search.records import TrialResult
 from search.space import Space
-from search.study import Study, StudyError, load_record, make_sampler, sqlite_file, stored_record, trial_key
+from search.database import sqlite_file
+from search.study import Study, StudyError, load_record, make_sampler, stored_record, trial_key
 
 
 @pytest.fixture
