@@ -9,10 +9,11 @@ Legend: N points or boxes, M objectives.
 import bisect
 import itertools
 import math
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from search.sweeps import area, dominated, exclusive_areas, gains
 
 
 def dominates(a: ArrayLike, b: ArrayLike) -> bool:
@@ -45,8 +46,8 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
     values = _points(points)
     if len(values) == 0:
         return np.empty(0, dtype=np.intp)
-    dominated = _dominated(values, values) if values.shape[1] == 2 else _dominated_by_comparison(values)
-    return np.flatnonzero(~dominated)
+    by_others = dominated(values, values) if values.shape[1] == 2 else _dominated_by_comparison(values)
+    return np.flatnonzero(~by_others)
 
 
 def layers(points: ArrayLike) -> NDArray[np.intp]:
@@ -89,7 +90,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     Raises:
         ValueError: points or reference have another shape or hold a value that is not finite.
     """
-    return _area(_pairs(points, "points"), _reference(reference))
+    return area(_pairs(points, "points"), _reference(reference))
 
 
 def hypervolume_trace(points: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
@@ -98,7 +99,7 @@ def hypervolume_trace(points: ArrayLike, reference: ArrayLike) -> NDArray[np.flo
     Each value is the one before plus what the point adds, so the last may differ from `hypervolume` by N roundings.
     """
     values, corner = _pairs(points, "points"), _reference(reference)
-    gains = np.zeros(len(values))
+    added = np.zeros(len(values))
     # The stairs so far by rising second objective, hence falling first, between two that no point reaches: every
     # search below ends at a stair. First objectives are negated because bisect wants them ascending.
     negated_firsts, seconds = [-math.inf, -float(corner[0])], [float(corner[1]), math.inf]
@@ -108,12 +109,12 @@ def hypervolume_trace(points: ArrayLike, reference: ArrayLike) -> NDArray[np.flo
             continue  # a stair equals or dominates the point
         begin, end = bisect.bisect_left(negated_firsts, -first), bisect.bisect_right(seconds, second)
         levels = [*seconds[begin - 1 : end], second]
-        gains[index] = math.fsum(
+        added[index] = math.fsum(
             (first + negated_firsts[begin + step]) * (level - below)
             for step, (below, level) in enumerate(itertools.pairwise(levels))
         )
         negated_firsts[begin:end], seconds[begin:end] = [-first], [second]
-    return np.cumsum(gains)
+    return np.cumsum(added)
 
 
 def contributions(points: ArrayLike, reference: ArrayLike) -> NDArray[np.float64]:
@@ -129,22 +130,13 @@ def contributions(points: ArrayLike, reference: ArrayLike) -> NDArray[np.float64
     Raises:
         ValueError: points or reference have another shape or hold a value that is not finite.
     """
-    values, corner = _pairs(points, "points"), _reference(reference)
-    rows, is_stair = _sweep(values, corner)
-    stairs, rest = values[rows[is_stair]], values[rows[~is_stair]]
-    # Only the rectangle up to a stair from its neighbours' levels is its own, and these rectangles are disjoint.
-    left = np.append(stairs[1:, 0], corner[0])
-    floor = np.concatenate([corner[1:], stairs[:-1, 1]])
-    # Behind every stair its dominated points make a staircase of their own. In the order of the sweep their levels
-    # rise from stair to stair, so one running maximum serves all; those below the floor make slabs of height 0.
-    behind = (np.cumsum(is_stair) - 1)[~is_stair]
-    level = np.maximum(_best_before(rest[:, 1]), floor[behind])
-    slabs = (stairs[behind, 0] - rest[:, 0]) * np.maximum(rest[:, 1] - level, 0)
-    top = floor.copy()
-    np.maximum.at(top, behind, rest[:, 1])
-    lost = np.zeros(len(values))
-    lost[rows[is_stair]] = np.bincount(behind, slabs, len(stairs)) + (stairs[:, 0] - left) * (stairs[:, 1] - top)
-    return lost
+    return exclusive_areas(_pairs(points, "points"), _reference(reference))
+
+
+def _dominated_by_comparison(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether a row of [N, M] is dominated, each row compared with all."""
+    by_others = [bool(np.any(np.all(values >= point, axis=1) & np.any(values > point, axis=1))) for point in values]
+    return np.array(by_others, dtype=np.bool_)
 
 
 # ---- boxes ---------------------------------------------------------------------------------------------------------
@@ -161,7 +153,7 @@ def surely_dominated(lower: ArrayLike, upper: ArrayLike) -> NDArray[np.bool_]:
         ValueError: a corner has another shape, is not finite, or a worst corner is above its best corner.
     """
     worst, best = _boxes(lower, upper)
-    return _dominated(best, worst)
+    return dominated(best, worst)
 
 
 def possible_front(lower: ArrayLike, upper: ArrayLike) -> NDArray[np.intp]:
@@ -179,7 +171,7 @@ def certain_front(lower: ArrayLike, upper: ArrayLike) -> NDArray[np.intp]:
     that are known and equal are all certain. Arguments and errors as for `surely_dominated`.
     """
     worst, best = _boxes(lower, upper)
-    return np.flatnonzero(~_dominated(worst, best, own=best))
+    return np.flatnonzero(~dominated(worst, best, own=best))
 
 
 def hypervolume_bounds(lower: ArrayLike, upper: ArrayLike, reference: ArrayLike) -> tuple[float, float]:
@@ -195,8 +187,8 @@ def hypervolume_bounds(lower: ArrayLike, upper: ArrayLike, reference: ArrayLike)
     """
     worst, best = _boxes(lower, upper)
     corner = _reference(reference)
-    low = _area(worst, corner)
-    return low, max(low, _area(best, corner))  # two nearly equal areas may be rounded past each other
+    low = area(worst, corner)
+    return low, max(low, area(best, corner))  # two nearly equal areas may be rounded past each other
 
 
 def beaten_by(lower: ArrayLike, upper: ArrayLike, index: int) -> int | None:
@@ -247,84 +239,7 @@ def uncertainty(lower: ArrayLike, upper: ArrayLike, reference: ArrayLike) -> NDA
     corner = _reference(reference)
     # Worst corners add nothing next to their best corners, except the one whose best corner is taken away.
     at_worst = contributions(np.concatenate([best, worst]), corner)[: len(best)]
-    return (_gains(worst, best, corner) + at_worst) / 2
-
-
-# ---- sweeps --------------------------------------------------------------------------------------------------------
-
-
-def _dominated(
-    points: NDArray[np.float64], by: NDArray[np.float64], own: NDArray[np.float64] | None = None
-) -> NDArray[np.bool_]:
-    """Whether a row of `by` dominates the row of `points`, shape [N].
-
-    With `own`, which is then `by` and nowhere below `points`, the row of the same index does not count.
-    """
-    order = np.argsort(by[:, 0])
-    firsts, seconds = by[order, 0], by[order, 1]
-    best = _best_from(seconds)
-    second_best = _best_from(np.minimum(seconds, best[1:]))
-
-    def best_of_others(side: Literal["left", "right"]) -> NDArray[np.float64]:
-        place = np.searchsorted(firsts, points[:, 0], side)
-        if own is None:
-            return best[place]
-        counts_itself = own[:, 0] >= points[:, 0] if side == "left" else own[:, 0] > points[:, 0]
-        return np.where(counts_itself & (own[:, 1] == best[place]), second_best[place], best[place])
-
-    return (best_of_others("left") > points[:, 1]) | (best_of_others("right") >= points[:, 1])
-
-
-def _dominated_by_comparison(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Whether a row of [N, M] is dominated, each row compared with all."""
-    dominated = [bool(np.any(np.all(values >= point, axis=1) & np.any(values > point, axis=1))) for point in values]
-    return np.array(dominated, dtype=np.bool_)
-
-
-def _sweep(values: NDArray[np.float64], corner: NDArray[np.float64]) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
-    """Rows above the corner by falling first objective, and which are stairs: the front, of equal points one."""
-    rows = np.flatnonzero(np.all(values > corner, axis=1))
-    rows = rows[np.lexsort((-values[rows, 1], -values[rows, 0]))]
-    seconds = values[rows, 1]
-    return rows, seconds > _best_before(seconds)
-
-
-def _best_before(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Largest value before each, -inf before the first."""
-    return np.concatenate([[-np.inf], np.maximum.accumulate(seconds)])[: len(seconds)]
-
-
-def _best_from(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Largest value from each to the end, shape [N + 1]; -inf after the end."""
-    return np.append(np.maximum.accumulate(seconds[::-1])[::-1], -np.inf)
-
-
-def _area(values: NDArray[np.float64], corner: NDArray[np.float64]) -> float:
-    """Area between the corner and points of [N, 2]: slabs, from the corner upwards in objective 2.
-
-    The sum is correctly rounded and only stairs have slabs, so dominated and repeated points change no bit.
-    """
-    rows, is_stair = _sweep(values, corner)
-    stairs = values[rows[is_stair]]
-    return math.fsum((stairs[:, 0] - corner[0]) * np.diff(stairs[:, 1], prepend=corner[1]))
-
-
-def _gains(
-    values: NDArray[np.float64], candidates: NDArray[np.float64], corner: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """What each candidate alone would add to the area of the values, shape [candidates]."""
-    rows, is_stair = _sweep(values, corner)
-    stairs = values[rows[is_stair]] - corner
-    levels = np.concatenate([[0.0], stairs[:, 1]])
-    widths = np.append(stairs[:, 0], 0.0)  # of the slab above each level
-    area_up_to = np.concatenate([[0.0], np.cumsum(stairs[:, 0] * np.diff(levels))])
-    first, second = (candidates - corner).T
-    # Slabs at least as wide as the candidate lie below `begin`; `end` is the slab in which its own level is.
-    begin = np.searchsorted(-stairs[:, 0], -first, "right")
-    end = np.searchsorted(stairs[:, 1], second, "left")
-    whole = first * (levels[end] - levels[begin]) - (area_up_to[end] - area_up_to[begin])
-    gains = np.maximum(whole, 0) + (first - widths[end]) * (second - levels[end])
-    return np.where((first > 0) & (second > levels[begin]), gains, 0)
+    return (gains(worst, best, corner) + at_worst) / 2
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------

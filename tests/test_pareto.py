@@ -1,4 +1,4 @@
-"""Front and hypervolume against hand numbers, a slow oracle, moocore, and the properties that define them."""
+"""Front, layers, hypervolume and its parts against hand numbers, slow oracles, moocore, and their properties."""
 
 import itertools
 import time
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from search.pareto import dominates, front, hypervolume, hypervolume_trace
+from search.pareto import contributions, dominates, front, hypervolume, hypervolume_trace, layers
 
 # Both sides sum at most a few hundred products in float64; each rounding is below 2.3e-16 of the value.
 ROUNDING = 1e-12
@@ -51,11 +51,30 @@ def naive_area(points: NDArray[np.float64], reference: tuple[float, float]) -> f
     )
 
 
+def naive_layers(points: NDArray[np.float64]) -> list[int]:
+    """Peel front after front."""
+    found, rest, number = [-1] * len(points), list(range(len(points))), 0
+    while rest:
+        peeled = [rest[k] for k in naive_front(points[rest])]
+        for index in peeled:
+            found[index] = number
+        rest, number = [index for index in rest if index not in peeled], number + 1
+    return found
+
+
 def test_staircase_of_known_area() -> None:
     assert hypervolume(STAIRS, (0, 0)) == 7.0
     assert hypervolume(STAIRS, (-1, 0)) == 10.0  # one more column of height 3
     assert hypervolume(STAIRS, (1, 1)) == 1.0  # only b is above the reference in both
     assert hypervolume_trace(STAIRS, (0, 0)).tolist() == [3.0, 5.0, 7.0]
+    assert contributions(STAIRS, (0, 0)).tolist() == [1.0, 1.0, 2.0]
+    # Behind c lies (3, 0.5): 0.5 of c's own area stays when c goes. (2, 1) is behind both b and c and changes nothing.
+    assert contributions([*STAIRS, (3.0, 0.5), (2.0, 1.0)], (0, 0)).tolist() == [1.0, 1.0, 1.5, 0.0, 0.0]
+
+
+def test_layers_of_a_known_picture() -> None:
+    assert layers([*STAIRS, (2, 1), (1, 2), (1, 1), (2, 1), (4, 1)]).tolist() == [0, 0, 0, 1, 1, 2, 1, 0]
+    assert layers([(1, 1), (1, 2), (1, 3), (0, 3)]).tolist() == [2, 1, 0, 1]  # a tie in one objective is dominance
 
 
 def test_points_not_strictly_above_the_reference_add_nothing() -> None:
@@ -68,6 +87,8 @@ def test_no_points() -> None:
         assert front(points).tolist() == []
         assert hypervolume(points, (0, 0)) == 0.0
         assert hypervolume_trace(points, (0, 0)).shape == (0,)
+        assert contributions(points, (0, 0)).shape == (0,)
+        assert layers(points).shape == (0,)
 
 
 def test_equal_points_are_all_kept_in_ascending_order() -> None:
@@ -103,6 +124,21 @@ def test_hypervolume_agrees_with_counting_cells(
     assert hypervolume(array(points), reference) == naive_area(array(points), reference)
 
 
+@given(PAIRS)
+def test_layers_agree_with_peeling(points: list[tuple[float, float]]) -> None:
+    assert layers(array(points)).tolist() == naive_layers(array(points))
+
+
+@given(PAIRS, REFERENCE)
+def test_contributions_agree_with_leaving_each_point_out(
+    points: list[tuple[float, float]], reference: tuple[float, float]
+) -> None:
+    values = array(points)
+    whole = naive_area(values, reference)
+    expected = [whole - naive_area(np.delete(values, k, axis=0), reference) for k in range(len(points))]
+    assert contributions(values, reference).tolist() == expected
+
+
 @pytest.mark.parametrize("num_points", [1, 7, 300])
 @pytest.mark.parametrize("digits", [1, 15])
 def test_agrees_with_moocore(num_points: int, digits: int) -> None:
@@ -112,6 +148,10 @@ def test_agrees_with_moocore(num_points: int, digits: int) -> None:
     for reference in [(0.0, 0.0), (0.6, 0.4), (2.0, 2.0)]:
         expected = moocore.hypervolume(points, ref=np.array(reference), maximise=True)
         assert hypervolume(points, reference) == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING)
+        assert hypervolume_trace(points, reference)[-1] == pytest.approx(expected, rel=ROUNDING, abs=ROUNDING)
+        lost = moocore.hv_contributions(points, ref=np.array(reference), maximise=True, ignore_dominated=False)
+        np.testing.assert_allclose(contributions(points, reference), lost, rtol=0, atol=ROUNDING)
+    np.testing.assert_array_equal(layers(points), moocore.pareto_rank(points, maximise=True))
 
 
 @given(PAIRS, REFERENCE, st.randoms(use_true_random=False))
@@ -158,6 +198,8 @@ def test_inputs_are_not_mutated(points: list[tuple[float, float]], reference: tu
     front(values)
     hypervolume(values, corner)
     hypervolume_trace(values, corner)
+    contributions(values, corner)
+    layers(values)
     np.testing.assert_array_equal(values, before[0])
     np.testing.assert_array_equal(corner, before[1])
 
@@ -171,6 +213,10 @@ def test_values_that_are_not_finite_are_refused_with_their_place(value: float) -
         hypervolume(points, (0, 0))
     with pytest.raises(ValueError, match="points must be finite"):
         hypervolume_trace(points, (0, 0))
+    with pytest.raises(ValueError, match="points must be finite"):
+        contributions(points, (0, 0))
+    with pytest.raises(ValueError, match="points must be finite"):
+        layers(points)
     with pytest.raises(ValueError, match=r"reference must be finite, got .* at \[0\]"):
         hypervolume([(0.1, 0.2)], (value, 0))
     with pytest.raises(ValueError, match="b must be finite"):
@@ -186,6 +232,8 @@ def test_wrong_shapes_are_refused_with_the_shape_that_came() -> None:
         hypervolume([(0.1, 0.2, 0.3)], (0, 0))
     with pytest.raises(ValueError, match=r"\[N, 2\], got \(0, 3\)"):
         hypervolume_trace(np.empty((0, 3)), (0, 0))
+    with pytest.raises(ValueError, match=r"\[N, 2\], got \(1, 3\)"):
+        layers([(0.1, 0.2, 0.3)])
     with pytest.raises(ValueError, match=r"shape \[2\], got \(3,\)"):
         hypervolume([(0.1, 0.2)], (0, 0, 0))
     with pytest.raises(ValueError, match=r"got \(2,\) and \(3,\)"):
