@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -52,6 +53,7 @@ def verify(
     on_counterexample: OnCounterExample | None = None,
     on_rows: OnRows | None = None,
     state: Path | None = None,
+    save_interval: float | None = None,
 ) -> pa.Table:
     """Decide for each image whether every perturbed image that the threat allows keeps the label.
 
@@ -70,6 +72,7 @@ def verify(
         on_counterexample: called with index, method and point of each image that is falsified by another than itself.
         on_rows: called now and then with the rows decided since the last call, after they are in the state.
         state: a folder from which a killed call goes on; a finished one stays, and answers at once.
+        save_interval: seconds between two states within a rung, and two calls of `on_rows`; None: SAVE_INTERVAL_S.
 
     Returns:
         A table of `SCHEMA` with one row for each image, in order. A misclassified clean image is falsified by
@@ -90,10 +93,19 @@ def verify(
     device = next(network.parameters()).device
     listeners = _Listeners(on_rung, on_progress, on_counterexample, on_rows)
     verified = Verified(network, tuple(images.shape[1:]))
-    ladder = _Ladder(verified, images.to(device), labels.to(device), config, position, saved, listeners)
+    interval = SAVE_INTERVAL_S if save_interval is None else save_interval
+    ladder = _Ladder(verified, images.to(device), labels.to(device), config, position, saved, listeners, interval)
     with exact_float32(), torch.no_grad():
         ladder.climb(found)
     return position.rows.table()
+
+
+def stored_rows(state: Path) -> pa.Table | None:
+    """All rows as the state of a verification has them now, finished or not; None: nothing was stored yet."""
+    try:
+        return pq.read_table(state / "rows.parquet").replace_schema_metadata()
+    except FileNotFoundError:
+        return None
 
 
 def _check_images(network: Network, images: object) -> None:
@@ -193,6 +205,7 @@ class _Ladder:
     position: Position
     state: LadderState | None
     listeners: _Listeners
+    save_interval: float
     found: list[CounterExample] = field(default_factory=list)  # since the last save
     told: set[int] = field(default_factory=set)  # indices of the rows that on_rows has had
     saved_at: float = field(default_factory=time.monotonic)
@@ -329,7 +342,7 @@ class _Ladder:
         return Progress(rung, proved, falsified, left, position.entered, handled, position.seconds)
 
     def _save_now_and_then(self) -> None:
-        if time.monotonic() - self.saved_at >= SAVE_INTERVAL_S:
+        if time.monotonic() - self.saved_at >= self.save_interval:
             self._save()
 
     def _save(self) -> None:

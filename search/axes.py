@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from search.report import is_number, value_text
+from search.report_text import is_number, value_text
 
 LOG_SPAN = 20.0  # a positive parameter is drawn on a logarithmic axis when max / min exceeds this
 NOT_SET = "not set"

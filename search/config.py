@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from ccdist import yaml_files
-from ccdist.config import Config, DataConfig, ThreatModel, VerificationOptions, exact_fraction, fingerprint
+from ccdist.config import (
+    Config,
+    DataConfig,
+    ThreatModel,
+    VerificationOptions,
+    VerifyConfig,
+    exact_fraction,
+    fingerprint,
+)
 from ccdist.recipe import NAME_PATTERN
 from ccdist.yaml_files import nearest as nearest
 from search.errors import UserError
@@ -199,6 +207,11 @@ class SearchConfig(Config):
     def study_name(self) -> str:
         """The study of this space and seed: the space's name, and the seed behind it when it is not 0."""
         return self.name if self.search.seed == 0 else f"{self.name}-seed{self.search.seed}"
+
+    @property
+    def verifier(self) -> VerifyConfig:
+        """The ladder that every trial goes through."""
+        return VerifyConfig(threat=self.threat, **dict(self.verification))
 
     @property
     def identity(self) -> dict[str, Any]:

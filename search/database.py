@@ -2,12 +2,27 @@
 
 import re
 import sqlite3
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import optuna
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.errors import UserError
+
+# A peer that is gone without a word is noticed within half a minute, on an idle connection and in a query alike.
+POSTGRES_CONNECTION: dict[str, Any] = {
+    "connect_timeout": 10,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,
+}
+_EXPECTED = "expected sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 
 
 class StudyError(UserError):
@@ -19,33 +34,92 @@ def sqlite_file(url: str) -> Path | None:
     return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
 
 
+def is_postgres(url: str) -> bool:
+    return re.match(r"postgres(ql)?(\+\w+)?://", url) is not None
+
+
+def postgres_url(url: str) -> str:
+    """The URL with the driver that the postgres extra installs, where it names none: SQLAlchemy's own is older."""
+    return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
+
+
 def open_storage(url: str) -> optuna.storages.RDBStorage:
     """The database behind a URL.
 
     Raises:
         StudyError: it cannot be opened, or is none.
     """
+    with one_line_errors(url):
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        if is_postgres(url):
+            # The ping replaces connections that a restart of the server has broken.
+            options = {"pool_pre_ping": True, "connect_args": POSTGRES_CONNECTION}
+            return _closed_at_its_end(optuna.storages.RDBStorage(postgres_url(url), engine_kwargs=options))
+        database = sqlite_file(url)
+        if database is None:
+            raise StudyError(f"study database {without_password(url)}: {_EXPECTED}")
+        # Write-ahead logging lets `search.front` read while a search writes; it is a property of the file.
+        connection = sqlite3.connect(database)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        finally:
+            connection.close()
+        options = {"connect_args": {"timeout": 60, "factory": _Durable}}
+        return _closed_at_its_end(optuna.storages.RDBStorage(url, engine_kwargs=options))
+
+
+def _closed_at_its_end(storage: optuna.storages.RDBStorage) -> optuna.storages.RDBStorage:
+    """The storage, whose idle connections are closed when nobody uses it any more: Optuna leaves them open."""
+    weakref.finalize(storage, storage.engine.dispose)
+    return storage
+
+
+class _Durable(sqlite3.Connection):
+    """A connection whose commits are on the disk when they return.
+
+    With synchronous=NORMAL a commit would survive SIGKILL, for the system holds what was written, but the last ones
+    would be undone by a power loss. The artefacts of a trial that the study has forgotten would then be taken for
+    those of the next trial of that number. FULL costs one fsync for each commit, of which a trial has a dozen.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA synchronous=FULL")
+
+
+@contextmanager
+def one_line_errors(url: str) -> Iterator[None]:
+    """Turn what a database and its driver raise into one line that says what to do, without the password.
+
+    Raises:
+        StudyError: instead of theirs.
+    """
     try:
-        return _connect(url)
+        yield
     except (sqlite3.Error, SQLAlchemyError, ImportError, RuntimeError) as error:
-        reason = without_password(" ".join(str(error).split()))
-        raise StudyError(f"study database {without_password(url)} cannot be opened: {reason}") from error
+        reason = without_password(" ".join(str(getattr(error, "orig", None) or error).split()))
+        told = _postgres_advice(url, error, reason) if is_postgres(url) else None
+        told = told or f"cannot be opened: {reason}"
+        raise StudyError(f"study database {without_password(url)} {told}") from error
 
 
-def _connect(url: str) -> optuna.storages.RDBStorage:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    database = sqlite_file(url)
-    if database is None:
-        return optuna.storages.RDBStorage(url)
-    # Write-ahead logging lets `search.front` read while a search writes; it is a property of the file.
-    connection = sqlite3.connect(database)
-    try:
-        connection.execute("PRAGMA journal_mode=WAL")
-    finally:
-        connection.close()
-    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+def _postgres_advice(url: str, error: Exception, reason: str) -> str | None:
+    """What is wrong with a PostgreSQL server and what helps; None where only the server's own words are known."""
+    if isinstance(error, ImportError):
+        return "needs a driver that is not installed; install the postgres extra: pip install 'ccdist-search[postgres]'"
+    # The driver gives no codes for what happens while it connects.
+    if re.search(r"database .* does not exist", reason):
+        return "does not exist on that server; make it with createdb, or correct the URL"
+    if re.search(r"authentication failed|no password supplied|role .* does not exist|no pg_hba.conf entry", reason):
+        return "refuses the user or the password; correct the URL, PGPASSWORD or ~/.pgpass"
+    if re.search(r"refused|timeout|timed out|resolve|No such file|unreachable|starting up|shutting down", reason):
+        why = re.sub(r".* failed: ", "", reason)
+        why = re.split(r" Is the server running| Multiple connection attempts", why)[0]
+        return f"cannot be reached ({why}); start the server, or correct host and port in the URL"
+    return None
 
 
 def without_password(text: str) -> str:
     """The text with the password of every URL in it hidden."""
-    return re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", text)

@@ -6,37 +6,53 @@ Apart from `search.run` because importing Ray takes seconds that a finished stud
 import os
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray import tune
 from rich.console import Console
 
 from ccdist.data import Dataset
-from search.bookkeeping import close_study, note_failure, tracked, where_to_look
+from search.asking import Asker
+from search.bookkeeping import close_study, tracked, where_to_look
+from search.budget import Budget
 from search.cluster import Cluster, connected
 from search.config import SearchConfig
+from search.driver_lock import DriverLock
 from search.progress import Progress
-from search.records import StudyRecord, TrialResult
+from search.records import StudyRecord
+from search.scheduler import StudyScheduler
 from search.searcher import StudySearcher
 from search.space import Space
 from search.storage import Storage
-from search.study import Study
-from search.trial import TrialPlaces, load_result
+from search.study import Assignment, Study
+from search.teachers import TeacherStore, teacher_key
+from search.trial_files import TrialFiles
+from search.waiting import TeacherQueue
 from search.worker import SharedDataset, trainable
 from tracking.tracker import Status
+
+# Nodes and workers die for reasons that are not the trial's; a trial that kills its worker does it again.
+WORKER_DEATHS = 3
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a search ended: the study as it is now, why it gave up if it did, and where to look at it."""
+    """How a search ended: the study as it is now, why it gave up or ended early, and where to look at it."""
 
     record: StudyRecord
-    stop_reason: str | None
+    stop_reason: str | None  # it cannot go on
+    budget_reason: str | None  # a limit other than the number of trials was reached
     where: str
 
 
-def execute(config: SearchConfig, space: Space, storage: Storage, dataset: Dataset, console: Console) -> Outcome:
+def execute(
+    config: SearchConfig, space: Space, storage: Storage, dataset: Dataset, console: Console, lock: DriverLock
+) -> Outcome:
     """Run trials until the study is complete, gives up, or Ctrl-C.
+
+    Args:
+        lock: this driver's; should it be lost, the search ends.
 
     Raises:
         UserError: the cluster or the stored study does not fit; nothing was started.
@@ -47,22 +63,22 @@ def execute(config: SearchConfig, space: Space, storage: Storage, dataset: Datas
         storage.claim(config.study_name, study.identifier)
         before = study.record()
         console.print(
-            f"study {before.name}: {config.data.name}, threat {config.threat}, {len(before.complete)} of "
+            f"study {before.name}: {config.data.name}, threat {config.threat}, {len(before.done)} of "
             f"{config.budget.trials} trials done, {cluster.slots} at once on {cluster.description}",
             highlight=False,
             soft_wrap=True,
         )
         with tracked(config, storage, live_keys={trial.key for trial in before.unfinished}) as tracker:
             try:
-                searcher = _fit(study, storage, cluster, shared, console, before)
+                searcher = _fit(study, storage, cluster, shared, console, before, dataset.fingerprint, lock)
             except BaseException:
                 close_study(study.record(), storage, "KILLED")
                 raise
             record = study.record()
-            done = len(record.complete) >= config.budget.trials
-            status: Status = "FINISHED" if done else "FAILED" if searcher.stop_reason else "KILLED"
+            ended = len(record.done) >= config.budget.trials or searcher.budget_reason is not None
+            status: Status = "FAILED" if searcher.stop_reason else "FINISHED" if ended else "KILLED"
             close_study(record, storage, status)
-            return Outcome(record, searcher.stop_reason, where_to_look(tracker, storage))
+            return Outcome(record, searcher.stop_reason, searcher.budget_reason, where_to_look(tracker, storage))
 
 
 def _fit(
@@ -72,16 +88,26 @@ def _fit(
     shared: SharedDataset,
     console: Console,
     before: StudyRecord,
+    fingerprint: str,
+    lock: DriverLock,
 ) -> StudySearcher:
     """Run Ray Tune until the searcher has nothing more to suggest, or Ctrl-C."""
     config = study.config
-
-    def stored_result(key: str) -> TrialResult | None:
-        return load_result(TrialPlaces.of(storage.artifacts, config.study_name, key))
-
     results = {trial.key: trial.objectives for trial in before.complete if trial.objectives is not None}
-    progress = Progress(console, config.budget.trials, before.reference, results)
-    searcher = StudySearcher(study, config.budget.trials, cluster.slots, stored_result, progress)
+    num_stopped = len(before.done) - len(before.complete)
+    progress = Progress(console, config.budget.trials, before.reference, results, num_stopped=num_stopped)
+    scheduler = StudyScheduler(study)
+    searcher = StudySearcher(
+        study,
+        Budget(config.budget, config.resources, study.trials),
+        cluster.slots,
+        TrialFiles(storage.artifacts, config.study_name),
+        progress,
+        scheduler,
+        Asker.of(config.search.sampler.kind),
+        TeacherQueue(partial(_teacher_of, study, fingerprint), TeacherStore.of(storage.teachers)),
+        lock.still_held,
+    )
     # With a searcher of one's own Tune starts one worker after the other unless told otherwise.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.slots)
     bound = tune.with_parameters(
@@ -90,26 +116,37 @@ def _fit(
         artifacts=str(storage.artifacts),
         shared=shared,
         resources=config.resources,
+        stopping=config.stopping,
     )
     with tempfile.TemporaryDirectory(prefix="ccdist-tune-") as scratch, progress:
         # Tune's own files are scratch: the study is the truth, and nothing is ever restored from them.
         tuner = tune.Tuner(
             tune.with_resources(bound, {"cpu": config.resources.cpu, "gpu": config.resources.gpu}),
             tune_config=tune.TuneConfig(
-                search_alg=searcher, num_samples=-1, reuse_actors=True, trial_dirname_creator=_trial_dirname
+                search_alg=searcher,
+                scheduler=scheduler,
+                num_samples=-1,
+                reuse_actors=True,
+                trial_dirname_creator=_trial_dirname,
             ),
             run_config=tune.RunConfig(
                 name=config.study_name,
                 storage_path=scratch,
                 verbose=0,
-                # A worker that died is tried once more, from its trial's last epoch, before the trial counts as failed.
-                failure_config=tune.FailureConfig(max_failures=1),
+                # A worker that died is replaced and goes on from its trial's last epoch, before the trial fails.
+                failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS),
             ),
         )
         tuner.fit()
-    for key, reason in searcher.silent_failures.items():
-        note_failure(storage.journals(config.study_name), key, reason)
+    if scheduler.error is not None:
+        console.print(f"warning: {scheduler.error}", highlight=False, markup=False, soft_wrap=True)
     return searcher
+
+
+def _teacher_of(study: Study, data_fingerprint: str, assignment: Assignment) -> str | None:
+    """The key of the teacher that a trial needs."""
+    recipe = study.space.recipe(assignment.params, assignment.number)
+    return teacher_key(data_fingerprint, recipe.threat, recipe.teacher) if recipe.needs_teacher else None
 
 
 def _trial_dirname(trial: Any) -> str:

@@ -1,5 +1,6 @@
 """The locks of `ccdist.locks`, refused in a search's own words."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -7,9 +8,16 @@ from pathlib import Path
 from ccdist import locks
 from search.errors import UserError
 
+# What a file system says that has no locks, such as Lustre mounted without the option flock.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
 
 class LockedError(UserError):
     """Another process holds the lock; the text names it."""
+
+
+class NoLocksError(UserError):
+    """Files cannot be locked there."""
 
 
 @contextmanager
@@ -21,6 +29,7 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
 
     Raises:
         LockedError: it is held and `wait` is False.
+        NoLocksError: the file system has no locks.
     """
     with ExitStack() as stack:
         try:
@@ -29,4 +38,11 @@ def exclusive(path: Path, *, wait: bool) -> Iterator[None]:
             raise LockedError(
                 f"{path} is held by process {error.holder}: that search still runs; wait for it, or stop it first"
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise NoLocksError(
+                f"{path} cannot be locked ({error.strerror}); choose a folder on another file system, or mount this "
+                "one with locks"
+            ) from error
         yield

@@ -1,6 +1,6 @@
 """The report of a study as one HTML file that opens anywhere, without a network."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -9,32 +9,29 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from search.axes import NOT_SET
-from search.figures import (
-    FAINT,
-    FONT,
-    GRID,
-    INK,
-    PLOTLY_CONFIG,
-    costs_figure,
-    front_figure,
-    hypervolume_figure,
-    parameters_figure,
-    replace_file,
-)
+from search.configurations import Front, study_front
+from search.figure_style import FAINT, FONT, GRID, INK, PLOTLY_CONFIG, replace_file
+from search.figures import marks, untitled_front
 from search.records import StudyRecord, TrialRecord
-from search.report import (
+from search.report_text import (
     ABSENT,
+    ResultsText,
     by_standard_accuracy,
-    front_trials,
+    doubts,
+    hypervolume_text,
     is_number,
+    keys_text,
+    means_text,
     parameter_text,
     parameters_text,
     results_text,
+    rungs_text,
     setting,
     shared_parameters,
-    study_hypervolume,
+    stopped_summary,
     varied_parameters,
 )
+from search.trial_figures import costs_figure, hypervolume_figure, known_costs, parameters_figure
 
 OPEN_ROWS = 100  # a longer table of trials starts folded
 
@@ -46,9 +43,7 @@ def write_report(study: StudyRecord, path: Path | str) -> None:
 
 
 def _page(study: StudyRecord) -> str:
-    members = by_standard_accuracy(front_trials(study))
-    parameters = [_parameter(study.trials, name) for name in varied_parameters(study.trials)]
-    states = [_STATE] if any(_state(trial) != "complete" for trial in study.trials) else []
+    found, styles = study_front(study), _parameter_styles(study.trials)
     return "\n".join(
         [
             "<!doctype html>",
@@ -59,34 +54,39 @@ def _page(study: StudyRecord) -> str:
             f"<script>{get_plotlyjs()}</script>",
             "</head><body><main>",
             f"<h1>{escape(study.name)}</h1>",
-            _summary(study, len(members)),
-            _explanation(study),
-            *_figures(study),
+            _summary(found),
+            _explanation(found),
+            *_figures(found),
             "<h2>Front members</h2>",
-            _table(study, members, [_KEY, *parameters, _SEED, *_RESULTS]),
+            _members_table(found, styles),
             f"<h2>All trials</h2><details{' open' if len(study.trials) <= OPEN_ROWS else ''}>",
             f"<summary>{len(study.trials):,} {'trial' if len(study.trials) == 1 else 'trials'}</summary>",
-            _table(study, study.trials, [_KEY, *states, *parameters, _SEED, *_RESULTS]),
+            _trials_table(found, styles),
             "</details></main></body></html>\n",
         ]
     )
 
 
-def _summary(study: StudyRecord, num_members: int) -> str:
-    counts = dict.fromkeys(("COMPLETE", "FAILED", "RUNNING", "WAITING"), 0)
+def _summary(found: Front) -> str:
+    study = found.study
+    counts: dict[str, int] = dict.fromkeys(("COMPLETE", "STOPPED", "FAILED", "RUNNING", "WAITING"), 0)
     for trial in study.trials:
         counts[trial.state] += 1
     facts = {
-        "on the front": f"{num_members}",
-        "hypervolume": f"{study_hypervolume(study):.4f}",
+        "on the front": f"{len(found.members)}",
+        "hypervolume": hypervolume_text(found),
         "reference": f"({study.reference[0]:g}, {study.reference[1]:g})",
         **{state.lower(): f"{count:,}" for state, count in counts.items() if count or state == "COMPLETE"},
     }
     cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(fact)}</dd></div>" for name, fact in facts.items())
-    return f'<p class="setting">{escape(setting(study))}</p><dl>{cells}</dl>'
+    return f'<p class="setting">{escape(setting(found))}</p><dl>{cells}</dl>'
 
 
-def _explanation(study: StudyRecord) -> str:
+def _explanation(found: Front) -> str:
+    study = found.study
+    points = "Each point is one training run with one seed"
+    if found.repeated:
+        points = "Each point is the mean of a configuration's training runs, which differ in their seed"
     return f"""<p>Each trial of this study trained one image classifier and measured it on {study.num_images:,} images
 that it had not been trained on. <b>Standard accuracy</b> is the share of these images that it labels correctly.
 <b>Adversarial accuracy</b> is the share that it still labels correctly after an attack has searched for small changes
@@ -98,99 +98,137 @@ adversarial above standard.</p>
 <b>front</b> is the choice that remains: a trial is on it if no other is at least as good in both accuracies and better
 in one. Decide how much standard accuracy you need, and take the front member with the most certified accuracy among
 those that have it. The <b>hypervolume</b> sums the front up in one number, the area between it and the reference point;
-larger is better, and only numbers with the same reference compare. Each point is one training run with one seed:
+larger is better, and only numbers with the same reference compare. {points}:
 differences of a few images may be chance.</p>"""
 
 
-def _figures(study: StudyRecord) -> list[str]:
+def _figures(found: Front) -> list[str]:
+    study = found.study
     shared = parameters_text(shared_parameters(study.complete))
+    stopped = stopped_summary(study)
     untimed = sum(trial.finished_at is None for trial in study.complete)
+    further_marks = "".join(f"{sentence} " for sentence in marks(found))
     captions = {
         "front": "Right and up is better. Blue points are the front, the shaded area is the hypervolume. A line "
         "upwards from a point ends where its certified accuracy would be if all its undecided images were "
-        "proved. #5 is the trial whose key ends in 0005.",
+        f"proved. {further_marks}#5 is the trial whose key ends in 0005.",
         "progress": "Hypervolume of the trials finished so far. Wall time includes pauses between continuations."
         + (f" Trials left out because their time of finishing is not known: {untimed}." if untimed else ""),
         "parameters": "One line for each complete trial: the brighter, the more certified accuracy. Drag along an axis "
         f"to keep only the trials that cross there. \u201c{NOT_SET}\u201d: the parameter did not apply."
         + (f" Equal in all trials, so not drawn: {shared}." if shared else ""),
         "costs": "What each trial spent on its parts, failed trials included. A teacher is trained once and shared: "
-        "the trial that trained it bears its cost.",
+        "the trial that trained it bears its cost." + (f" {stopped}." if stopped else ""),
     }
     some, several = bool(study.complete), len(study.complete) > 1
     figures = {
-        "front": front_figure(study, titled=False) if some else None,
-        "progress": hypervolume_figure(study) if untimed < len(study.complete) else None,
+        "front": untitled_front(found) if some else None,
+        "progress": hypervolume_figure(found) if untimed < len(study.complete) else None,
         "parameters": parameters_figure(study) if several else None,
-        "costs": costs_figure(study) if any(trial.costs for trial in study.trials) else None,
+        "costs": costs_figure(study) if any(map(known_costs, study.trials)) else None,
     }
-    return [_section(study, name, figures[name], caption) for name, caption in captions.items()]
+    return [_section(found, name, figures[name], caption) for name, caption in captions.items()]
 
 
-def _section(study: StudyRecord, name: str, figure: go.Figure | None, caption: str) -> str:
+def _section(found: Front, name: str, figure: go.Figure | None, caption: str) -> str:
     # Axes without data look like an error, so their place says why it is empty.
     body = '<p class="empty">Not enough trials to show yet.</p>'
     if figure is not None:
         body = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config=PLOTLY_CONFIG)
-    caption = f"{escape(caption)} {escape(setting(study))}"
+    caption = f"{escape(caption)} {escape(setting(found))}"
     return f"<h2>{name.capitalize()}</h2><figure>{body}<figcaption>{caption}</figcaption></figure>"
 
 
 class _Column(NamedTuple):
     name: str
-    text: Callable[[TrialRecord], str]
+    cells: list[str]
     css: str = "number"
+
+
+def _members_table(found: Front, styles: Mapping[str, str]) -> str:
+    members = by_standard_accuracy(found.members)
+    firsts = [member.trials[0] for member in members]
+    columns = [
+        _Column("trial", [keys_text(found, member) for member in members], "key"),
+        *_parameter_columns(styles, firsts),
+        _Column("seed", ["\n".join(str(trial.seed) for trial in member.trials) for member in members]),
+    ]
+    return _table(found, firsts, columns, [means_text(member) for member in members], doubts(found))
+
+
+def _trials_table(found: Front, styles: Mapping[str, str]) -> str:
+    trials = found.study.trials
+    states = [_state(trial) for trial in trials]
+    columns = [
+        _Column("trial", [trial.key for trial in trials], "key"),
+        *([_Column("state", states, "state")] if any(state != "complete" for state in states) else []),
+        *_parameter_columns(styles, trials),
+        _Column("seed", [str(trial.seed) for trial in trials]),
+    ]
+    return _table(found, trials, columns, [results_text(trial) for trial in trials])
 
 
 def _state(trial: TrialRecord) -> str:
     """The state, and that of the verification where it did not go to the end."""
     verification = trial.verification_state
-    return trial.state.lower() + (f", {verification}" if verification not in (None, "finished") else "")
+    return trial.state.lower() + (f", verification {verification}" if verification not in (None, "finished") else "")
 
 
-_KEY = _Column("trial", lambda trial: trial.key, "key")
-_STATE = _Column("state", _state, "state")
-_SEED = _Column("seed", lambda trial: str(trial.seed))
-_RESULTS = (
-    _Column("standard", lambda trial: results_text(trial).standard),
-    _Column("adversarial", lambda trial: results_text(trial).adversarial),
-    _Column("certified", lambda trial: results_text(trial).certified),
-    _Column("seconds", lambda trial: results_text(trial).seconds),
-)
+def _parameter_styles(trials: Sequence[TrialRecord]) -> dict[str, str]:
+    """The class of the cells of each parameter that varies: numbers are aligned."""
+    return {
+        name: "number" if all(is_number(trial.params.get(name, 0)) for trial in trials) else "parameter"
+        for name in varied_parameters(trials)
+    }
 
 
-def _parameter(trials: Sequence[TrialRecord], name: str) -> _Column:
-    numeric = all(is_number(trial.params.get(name, 0)) for trial in trials)
-    return _Column(name, lambda trial: parameter_text(trial, name), "number" if numeric else "parameter")
+def _parameter_columns(styles: Mapping[str, str], trials: Sequence[TrialRecord]) -> list[_Column]:
+    return [_Column(name, [parameter_text(trial, name) for trial in trials], css) for name, css in styles.items()]
 
 
-def _row(trial: TrialRecord, columns: Sequence[_Column]) -> str:
-    """One trial; the reason why it failed stands where its results would be."""
-    reason = trial.reason if trial.objectives is None else None
-    cells = [
-        f'<td class="{column.css}">{escape(column.text(trial))}</td>'
-        for column in columns
-        if reason is None or column not in _RESULTS
-    ]
-    if reason is not None:
-        cells.append(f'<td class="reason" colspan="{len(_RESULTS)}">{escape(reason)}</td>')
-    return f'<tr class="{trial.state.lower()}">{"".join(cells)}</tr>\n'
-
-
-def _table(study: StudyRecord, trials: Sequence[TrialRecord], columns: Sequence[_Column]) -> str:
+def _table(
+    found: Front,
+    trials: Sequence[TrialRecord],
+    columns: Sequence[_Column],
+    results: Sequence[ResultsText],
+    notes: Sequence[str] = (),
+) -> str:
+    """One row for each trial; why a trial has no results stands where these would be."""
     if not trials:
         return '<p class="empty">None yet.</p>'
     # A long name may be folded at its underscores.
-    head = "".join(f'<th class="{c.css}">{escape(c.name).replace("_", "_<wbr>")}</th>' for c in columns)
-    rows = "".join(_row(trial, columns) for trial in trials)
-    shared = parameters_text(shared_parameters(study.trials))
-    notes = [f"In all trials: {shared}."] if shared else []
-    if any(column.text(trial) == ABSENT for column in columns for trial in trials):
-        notes.insert(0, f"\u201c{ABSENT}\u201d: the parameter did not apply.")
+    heads = [(column.name, column.css) for column in columns] + [(name, "number") for name in ResultsText._fields]
+    head = "".join(f'<th class="{css}">{escape(name).replace("_", "_<wbr>")}</th>' for name, css in heads)
+    marked = [[_cell(text, column.css) for text in column.cells] for column in columns]
+    rows = "".join(
+        f'<tr class="{trial.state.lower()}">{"".join(cells)}{_results(trial, result)}</tr>\n'
+        for trial, result, *cells in zip(trials, results, *marked, strict=True)
+    )
+    shared = parameters_text(shared_parameters(found.study.trials))
+    absent = any(text == ABSENT for column in columns for text in column.cells)
+    below = [
+        *notes,
+        *([f"\u201c{ABSENT}\u201d: the parameter did not apply."] if absent else []),
+        *([f"In all trials: {shared}."] if shared else []),
+        setting(found),
+    ]
     return (
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        f'<p class="setting">{escape(" ".join([*notes, setting(study)]))}</p>'
+        f'<p class="setting">{escape(" ".join(below))}</p>'
     )
+
+
+def _results(trial: TrialRecord, results: ResultsText) -> str:
+    """The cells of a trial's results, or one cell with the reason why it has none and what its training had shown."""
+    if trial.objectives is None:
+        why = "; ".join(part for part in (trial.reason, rungs_text(trial)) if part)
+        if why:
+            return f'<td class="reason" colspan="{len(results)}">{escape(why)}</td>'
+    return "".join(_cell(text, "number") for text in results)
+
+
+def _cell(text: str, css: str) -> str:
+    return f'<td class="{css}">{escape(text).replace(chr(10), "<br>")}</td>'
 
 
 _CSS = f"""
@@ -218,6 +256,7 @@ td.parameter {{ max-width: 16em; overflow-wrap: break-word; }}
 td.reason {{ overflow-wrap: anywhere; }}
 td.key {{ font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 12px; white-space: nowrap; }}
 tr.failed td {{ color: #8A3B00; }}
+tr.stopped td {{ color: {FAINT}; }}
 summary {{ cursor: pointer; margin-bottom: 8px; }}
 @page {{ size: A4 landscape; margin: 12mm; }}
 @media print {{

@@ -33,6 +33,7 @@ class Progress:
     reference: tuple[float, float]
     results: dict[str, tuple[float, float]] = field(default_factory=dict)
     running: dict[str, _Running] = field(default_factory=dict)
+    num_stopped: int = 0  # trials whose training was stopped, before and now
     num_failed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,14 +61,26 @@ class Progress:
         self.results[key] = (result.standard_accuracy, result.certified_accuracy)
         members = self._front()
         mark = "  on the front" if key in members else ""
+        if result.verification_state == "stopped":
+            mark += f"  ({result.reason})"
         self.console.print(
-            f"[{len(self.results)}/{self.target}] {key}  standard {result.standard_accuracy:.3f}  adversarial "
+            f"[{self._num_done}/{self.target}] {key}  standard {result.standard_accuracy:.3f}  adversarial "
             f"{result.adversarial_accuracy:.3f}  certified {result.certified_accuracy:.3f}  "
             f"{result.seconds:.0f} s{mark}",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
+
+    def stopped(self, key: str, reason: str) -> None:
+        self.running.pop(key, None)
+        self.num_stopped += 1
+        line = f"[{self._num_done}/{self.target}] {key}  STOPPED  {reason}"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    @property
+    def _num_done(self) -> int:
+        return len(self.results) + self.num_stopped
 
     def failed(self, key: str, reason: str) -> None:
         self.running.pop(key, None)
@@ -81,8 +94,9 @@ class Progress:
     def _render(self) -> RenderableType:
         elapsed = time.monotonic() - self._started
         area = hypervolume(list(self.results.values()), self.reference) if self.results else 0.0
-        failed = f", {self.num_failed} failed" if self.num_failed else ""
-        title = f"{len(self.results)} of {self.target} trials{failed}, {elapsed:.0f} s, hypervolume {area:.4f}"
+        counts = {"stopped": self.num_stopped, "failed": self.num_failed}
+        others = "".join(f", {number} {name}" for name, number in counts.items() if number)
+        title = f"{self._num_done} of {self.target} trials{others}, {elapsed:.0f} s, hypervolume {area:.4f}"
         table = Table(title=title, title_justify="left", expand=False)
         for column in ("trial", "state", "standard", "certified"):
             table.add_column(column, justify="left" if column in ("trial", "state") else "right")

@@ -1,13 +1,11 @@
-"""What a study found, as numbers, as text, as a table for the terminal and as plain JSON.
+"""What a study found: its front and hypervolume, as a table for the terminal and as plain JSON.
 
 Everything is a function of a `StudyRecord`, so a report can be made from what is stored, at any time, and the same
-record gives the same bytes. The hypervolume of a study is that of its COMPLETE trials' objectives.
+record gives the same bytes. Points, front and hypervolume are those of `search.configurations`.
 """
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from textwrap import wrap
 from typing import Any, NamedTuple
 
@@ -16,10 +14,26 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
-from search.pareto import front, hypervolume
+from search.configurations import Configuration, Front, configurations, study_front
+from search.pareto import hypervolume
 from search.records import OBJECTIVES, StudyRecord, TrialRecord
+from search.report_text import (
+    ResultsText,
+    by_standard_accuracy,
+    doubts,
+    front_summary,
+    hypervolume_summary,
+    is_number,
+    keys_text,
+    means_text,
+    parameter_text,
+    parameters_text,
+    setting,
+    shared_parameters,
+    stopped_summary,
+    varied_parameters,
+)
 
-ABSENT = "-"  # in tables: the trial does not have the parameter
 HEADER_WIDTH = 8  # a longer name of a parameter is folded at its underscores
 UNLIMITED = 10_000  # a terminal wide enough for any table
 
@@ -28,109 +42,21 @@ UNLIMITED = 10_000  # a terminal wide enough for any table
 
 
 def front_trials(study: StudyRecord) -> tuple[TrialRecord, ...]:
-    """The COMPLETE trials that no other dominates, in the study's order.
+    """The COMPLETE trials of the configurations on the front, in the study's order.
 
     Raises:
         ValueError: a result is NaN or infinite; the text names the trial.
     """
-    complete = study.complete
-    return tuple(complete[index] for index in front(finite_objectives(study)))
+    return _trials(study_front(study).members)
+
+
+def _trials(members: Iterable[Configuration]) -> tuple[TrialRecord, ...]:
+    return tuple(sorted((trial for member in members for trial in member.trials), key=lambda trial: trial.number))
 
 
 def study_hypervolume(study: StudyRecord) -> float:
-    """Area that the COMPLETE trials dominate, counted from the study's reference."""
-    return hypervolume(finite_objectives(study), study.reference)
-
-
-def finite_objectives(study: StudyRecord) -> list[tuple[float, float]]:
-    """Objectives of the COMPLETE trials; refuses any trial whose numbers would be ranked or drawn wrongly."""
-    for trial in study.trials:
-        for name in (*OBJECTIVES, "adversarial_accuracy", "certified_upper", "seconds"):
-            value = getattr(trial, name)
-            if value is not None and not math.isfinite(value):
-                raise ValueError(f"trial {trial.key} has {name} = {value}: a report shows finite results only")
-    return [trial.objectives for trial in study.complete if trial.objectives is not None]
-
-
-def by_standard_accuracy(trials: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """The best standard accuracy first."""
-    return sorted(trials, key=lambda trial: (-(trial.standard_accuracy or 0.0), trial.number))
-
-
-def varied_parameters(trials: Iterable[TrialRecord]) -> list[str]:
-    """Names of the parameters with more than one value among these trials (of one trial: all), in order."""
-    given = [trial.params for trial in trials if trial.params]
-    names = dict.fromkeys(name for params in given for name in params)
-    if len(given) < 2:
-        return list(names)
-    return [name for name in names if any(repr(a.get(name)) != repr(b.get(name)) for a, b in pairwise(given))]
-
-
-def shared_parameters(trials: Sequence[TrialRecord]) -> dict[str, Any]:
-    """The parameters that `varied_parameters` leaves out, which have one value in all these trials."""
-    varied = set(varied_parameters(trials))
-    return {name: value for trial in trials for name, value in trial.params.items() if name not in varied}
-
-
-# ---- As text ---------------------------------------------------------------------------------------------------
-
-
-def setting(study: StudyRecord) -> str:
-    """What every figure and table has to say about its numbers."""
-    return (
-        f"{study.num_images:,} validation images of {study.dataset}; threat: {study.threat}; "
-        f"verifier: {study.verifier}; each point: n = 1 seed."
-    )
-
-
-def front_summary(study: StudyRecord) -> str:
-    complete = len(study.complete)
-    noun = "trial" if complete == 1 else "trials"
-    return f"{len(front_trials(study))} of {complete} complete {noun} on the front"
-
-
-def hypervolume_summary(study: StudyRecord) -> str:
-    return f"hypervolume {study_hypervolume(study):.4f} above ({study.reference[0]:g}, {study.reference[1]:g})"
-
-
-def value_text(value: Any, digits: int = 4) -> str:
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
-
-
-def parameters_text(params: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} = {value_text(value)}" for name, value in params.items())
-
-
-def parameter_text(trial: TrialRecord, name: str, digits: int = 4) -> str:
-    return value_text(trial.params[name], digits) if name in trial.params else ABSENT
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-class ResultsText(NamedTuple):
-    """A trial's results, each empty while it is unknown."""
-
-    standard: str
-    adversarial: str
-    certified: str  # the proved share, and what it could still become where images are left undecided
-    seconds: str
-
-
-def results_text(trial: TrialRecord) -> ResultsText:
-    lower, upper = _fraction(trial.certified_accuracy), _fraction(trial.certified_upper)
-    seconds = trial.seconds
-    return ResultsText(
-        _fraction(trial.standard_accuracy),
-        _fraction(trial.adversarial_accuracy),
-        f"{lower}\u2013{upper}" if lower and upper and lower != upper else lower,
-        "" if seconds is None else f"{seconds:,.0f}" if seconds >= 10 else f"{seconds:.1f}",
-    )
-
-
-def _fraction(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    """Area that the configurations dominate, counted from the study's reference."""
+    return hypervolume([each.objectives for each in configurations(study)], study.reference)
 
 
 # ---- As a table for the terminal -------------------------------------------------------------------------------
@@ -179,16 +105,21 @@ class FrontTable:
 
 
 def front_table(study: StudyRecord) -> FrontTable:
-    """The front for a terminal, best standard accuracy first."""
-    members = by_standard_accuracy(front_trials(study))
-    results = [results_text(trial) for trial in members]
+    """The front for a terminal, best standard accuracy first; a configuration with several seeds is one row."""
+    found = study_front(study)
+    members = by_standard_accuracy(found.members)
+    results = [means_text(member) for member in members]
+    seeds = [_Column("seeds", [str(member.num_seeds) for member in members])] if found.repeated else []
     shared = parameters_text(shared_parameters(study.complete))
+    stopped = stopped_summary(study)
+    firsts = [member.trials[0] for member in members]
+    notes = [*doubts(found), *([f"{stopped}."] if stopped else []), setting(found)]
     return FrontTable(
-        heading=f"{study.name}: {front_summary(study)}\n{hypervolume_summary(study)}",
-        key=_Column("trial", [trial.key for trial in members], is_numeric=False),
-        results=[_Column(name, [getattr(result, name) for result in results]) for name in ResultsText._fields],
-        parameters=[_parameter_column(members, name) for name in varied_parameters(study.complete)],
-        caption=setting(study) + (f"\nIn all trials: {shared}." if shared else ""),
+        heading=f"{study.name}: {front_summary(found)}\n{hypervolume_summary(found)}",
+        key=_Column("trial", [keys_text(found, member) for member in members], is_numeric=False),
+        results=seeds + [_Column(name, [getattr(result, name) for result in results]) for name in ResultsText._fields],
+        parameters=[_parameter_column(firsts, name) for name in varied_parameters(study.complete)],
+        caption="\n".join([*notes, *([f"In all trials: {shared}."] if shared else [])]),
     )
 
 
@@ -206,7 +137,9 @@ def _terminal_table(columns: Sequence[_Column]) -> Table:
             Text(column.header), justify="right" if column.is_numeric else "left", vertical="bottom", overflow="fold"
         )
     for cells in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(*(Text(cell) for cell in cells))
+        # Headers stand at the bottom and Rich aligns cells likewise: a row of several lines is filled up from below.
+        below = max(cell.count("\n") for cell in cells)
+        table.add_row(*(Text(cell + "\n" * (below - cell.count("\n"))) for cell in cells))
     return table
 
 
@@ -215,26 +148,52 @@ def _terminal_table(columns: Sequence[_Column]) -> Table:
 
 def front_json(study: StudyRecord) -> dict[str, Any]:
     """The study and its front as plain values; the keys of the front are in the order of the trials."""
+    found = study_front(study)
     return {
         "study": study.name,
         "objectives": list(OBJECTIVES),
-        "hypervolume": study_hypervolume(study),
+        "hypervolume": found.hypervolume_bounds[0],
+        "hypervolume_bounds": list(found.hypervolume_bounds),
         "reference": list(study.reference),
-        "trials": [
-            {
-                "key": trial.key,
-                "state": trial.state,
-                "params": dict(trial.params),
-                "standard_accuracy": trial.standard_accuracy,
-                "certified_accuracy": trial.certified_accuracy,
-                "certified_upper": trial.certified_upper,
-                "adversarial_accuracy": trial.adversarial_accuracy,
-                "seconds": trial.seconds,
-                "configuration": trial.configuration,
-                "seed": trial.seed,
-                "verification_state": trial.verification_state,
-            }
-            for trial in study.trials
-        ],
-        "front": [trial.key for trial in front_trials(study)],
+        "trials": [_trial_json(trial) for trial in study.trials],
+        "front": [trial.key for trial in _trials(found.members)],
+        "configurations": _configurations_json(found),
     }
+
+
+def _trial_json(trial: TrialRecord) -> dict[str, Any]:
+    return {
+        "key": trial.key,
+        "state": trial.state,
+        "params": dict(trial.params),
+        "standard_accuracy": trial.standard_accuracy,
+        "certified_accuracy": trial.certified_accuracy,
+        "certified_upper": trial.certified_upper,
+        "adversarial_accuracy": trial.adversarial_accuracy,
+        "seconds": trial.seconds,
+        "configuration": trial.configuration,
+        "seed": trial.seed,
+        "verification_state": trial.verification_state,
+        "reason": trial.reason,
+        "rungs": {name: asdict(values) for name, values in trial.rungs.items()},
+    }
+
+
+def _configurations_json(found: Front) -> list[dict[str, Any]]:
+    """Means and ranges of the configurations; `certain`: whatever the undecided images are, `on_front` stays."""
+    members, possible = ({each.number for each in group} for group in (found.members, found.possible))
+    return [
+        {
+            "configuration": each.trials[0].configuration,
+            "trials": [trial.key for trial in each.trials],
+            "num_seeds": each.num_seeds,
+            "standard_accuracy": each.standard_accuracy,
+            "certified_accuracy": each.certified_accuracy,
+            "certified_upper": each.certified_upper,
+            "standard_range": list(each.standard_range),
+            "certified_range": list(each.certified_range),
+            "on_front": each.number in members,
+            "certain": each.number not in possible and each.number not in found.doubtful,
+        }
+        for each in found.configurations
+    ]

@@ -18,6 +18,7 @@ from search.bookkeeping import close_study, is_settled, tracked
 from search.config import SearchConfig, find_space_file, load_search_config
 from search.errors import UserError
 from search.page import write_report
+from search.plan import show_plan
 from search.records import StudyRecord
 from search.report import front_table
 from search.space import Space
@@ -33,7 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = args.set if args.trials is None else [*args.set, f"budget.trials={args.trials}"]
     try:
         config = load_search_config(find_space_file(args.space), settings)
-        return run(config, Space(config), Storage.of(config, args.storage), Console(), command=_command(args))
+        space, storage = Space(config), Storage.of(config, args.storage)
+        if args.dry_run:
+            return _show_plan(config, space, storage, Console())
+        return run(config, space, storage, Console(), command=_command(args))
     except (UserError, CorruptCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -55,26 +59,34 @@ def run(config: SearchConfig, space: Space, storage: Storage, console: Console, 
         UserError, CorruptCheckpointError: something asked for is wrong; nothing was started.
     """
     storage.prepare()
-    with storage.only_driver(config.study_name):
+    with storage.only_driver(config.study_name) as lock:
         record = stored_record(config, storage.study_url)
-        if record is not None and len(record.complete) >= config.budget.trials and not record.unfinished:
+        if record is not None and len(record.done) >= config.budget.trials and not record.unfinished:
             return _settle(record, config, storage, console)
         if record is not None:
             storage.check_unfinished(record.name, [trial.key for trial in record.unfinished])
         dataset = _load(config)
         from search.execution import execute  # takes seconds, see there
 
-        outcome = execute(config, space, storage, dataset, console)
+        outcome = execute(config, space, storage, dataset, console, lock)
     record = outcome.record
     _show(record, storage, console)
     console.print(outcome.where, soft_wrap=True, highlight=False)
     if outcome.stop_reason is not None:
         print(f"error: {outcome.stop_reason}", file=sys.stderr)
         return FAILING
-    if len(record.complete) < config.budget.trials:
-        done = f"{len(record.complete)} of {config.budget.trials} trials"
+    done = f"{len(record.done)} of {config.budget.trials} trials"
+    if outcome.budget_reason is not None:
+        console.print(f"{outcome.budget_reason}, after {done}", soft_wrap=True, highlight=False)
+    elif len(record.done) < config.budget.trials:
         console.print(f"stopped after {done}; go on with: {command}", soft_wrap=True, highlight=False)
         return INTERRUPTED
+    return OK
+
+
+def _show_plan(config: SearchConfig, space: Space, storage: Storage, console: Console) -> int:
+    """--dry-run."""
+    show_plan(config, space, storage, _load(config), stored_record(config, storage.study_url), console)
     return OK
 
 
@@ -84,7 +96,7 @@ def _settle(record: StudyRecord, config: SearchConfig, storage: Storage, console
         with tracked(config, storage, live_keys=set()):
             close_study(record, storage, "FINISHED")
     write_report(record, storage.study_folder(record.name) / "report.html")
-    console.print(f"study {record.name} has its {len(record.complete)} trials already", highlight=False)
+    console.print(f"study {record.name} has its {len(record.done)} trials already", highlight=False)
     _show(record, storage, console)
     return OK
 
@@ -131,6 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="change a value of the space file, for example --set student.epochs=10",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan with its hours and disk space; start and write nothing"
     )
     return parser
 

@@ -12,8 +12,12 @@ from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
+from search.asking import Asker
+from search.budget import Budget
 from search.records import TrialResult
+from search.resumption import resumption
 from search.study import Assignment, Study
+from search.waiting import TeacherQueue
 from search.worker import Suggestion
 
 # So many failures one after the other with the same reason are no accident.
@@ -31,88 +35,285 @@ class Listener(Protocol):
     def started(self, key: str) -> None: ...
     def advanced(self, key: str, phase: str, done: int, of: int) -> None: ...
     def finished(self, key: str, result: TrialResult) -> None: ...
+    def stopped(self, key: str, reason: str) -> None: ...
     def failed(self, key: str, reason: str) -> None: ...
 
 
+class Files(Protocol):
+    """What trials leave behind, and the ends that a worker could not write itself."""
+
+    def result(self, key: str) -> TrialResult | None: ...
+    def end_stopped_verification(self, key: str, result: TrialResult) -> None: ...
+    def end_stopped_training(self, key: str, reason: str) -> None: ...
+    def end_failed(self, key: str, reason: str, *, silent: bool) -> None: ...
+
+
+class Stopper(Protocol):
+    """The scheduler as the searcher sees it."""
+
+    stopped: dict[str, str]  # key -> why it was told to stop
+    is_halted: bool
+
+    def halt(self) -> None:
+        """Cut off whatever runs, at its next report; the study keeps it unfinished."""
+
+
 class StudySearcher(Searcher):  # type: ignore[misc]
-    """Suggests unfinished trials first, then new ones, until `target` trials are COMPLETE.
+    """Suggests unfinished trials first, then new ones, until the budget is reached; then resumes verifications.
 
     Args:
-        study: the truth; this object is the only one that asks and tells.
-        target: COMPLETE trials to reach.
+        study: the truth; this object and the scheduler are the only ones that write it.
+        budget: when to end.
         slots: trials at once.
-        stored_result: the result that a trial of an earlier driver left behind, if it finished.
+        files: the trials' folders and journals.
         listener: told of every start, step and end.
+        scheduler: who stops trials; why each was stopped is read here when it ends.
+        asker: who computes suggestions, in a thread where that is slow.
+        teachers: who may start now, and who waits for another's teacher.
+        is_only_driver: whether nobody else can be driving the study; asked before anything is written.
     """
 
     def __init__(
         self,
         study: Study,
-        target: int,
+        budget: Budget,
         slots: int,
-        stored_result: Callable[[str], TrialResult | None],
+        files: Files,
         listener: Listener,
+        scheduler: Stopper,
+        asker: Asker,
+        teachers: TeacherQueue,
+        is_only_driver: Callable[[], bool] = lambda: True,
     ) -> None:
         super().__init__(metric=None, mode=None)
-        self._study, self._target, self._slots = study, target, slots
-        self._stored_result, self._listener = stored_result, listener
+        self._study, self._budget, self._slots, self._files = study, budget, slots, files
+        self._listener, self._scheduler, self._asker, self._teachers = listener, scheduler, asker, teachers
+        self._is_only_driver = is_only_driver
         self._live: dict[str, Assignment] = {}
+        self._resumed: dict[str, Assignment] = {}  # verifications that go on, by Tune trial id
+        self._tried: set[int] = set()  # trials whose verification this command has resumed
         self._unfinished = deque(study.unfinished())
-        self._complete, self._failed = study.num_complete(), study.num_failed()
         self._reasons: list[str] = []
-        self.stop_reason: str | None = None
-        self.silent_failures: dict[str, str] = {}  # key -> reason, of trials that could not write their own end
+        self.stop_reason: str | None = None  # the search cannot go on
+        self.budget_reason: str | None = None  # the search is over before it has all trials
+
+    # ---- What to run ----------------------------------------------------------------------------------------------
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial to run, as a Tune configuration; None: not now; FINISHED: never again."""
-        while self.stop_reason is None and len(self._live) < self._slots:
-            if self._complete + len(self._live) >= self._target:
-                break
-            assignment = self._study.adopt(self._unfinished.popleft()) if self._unfinished else self._study.ask()
-            stored = self._stored_result(assignment.key)
-            if stored is not None:  # finished under an earlier driver, which did not live to tell
-                self._tell(assignment, stored)
-                continue
-            self._live[trial_id] = assignment
-            self._listener.started(assignment.key)
-            recipe = self._study.space.recipe(assignment.params, assignment.number)
-            return Suggestion(assignment.key, assignment.params, recipe).to_config()
-        if self._live:
+        """The next trial to run, as a Tune configuration; None: not now; FINISHED: never again.
+
+        Tune ends the whole search on what is raised here, so that nothing is.
+        """
+        try:
+            self._look_at_the_budget()
+            if not self._has_ended and len(self._live) + len(self._resumed) < self._slots:
+                started = self._start(trial_id)
+                if started is not None:
+                    return started
+        except Exception as failure:
+            self._stop(f"no trial can be started ({_one_line(failure)}); nothing is lost")
+        if self._live or self._resumed or self._work_is_left():
             return None
-        if self.stop_reason is None:
+        if not self._has_ended and self._may_write():
             self._give_up_unfinished()
+        self._asker.close()
         return Searcher.FINISHED
 
+    @property
+    def _has_ended(self) -> bool:
+        return self.stop_reason is not None or self.budget_reason is not None
+
+    def _work_is_left(self) -> bool:
+        """Whether trials are to come that cannot start at this moment."""
+        return not self._has_ended and self._study.num_done() < self._budget.target
+
+    def _start(self, trial_id: str) -> dict[str, Any] | None:
+        """Start a trial, or a verification that goes on once all trials are there."""
+        if not self._may_write():
+            return None
+        assignment = self._next()
+        if assignment is not None:
+            self._live[trial_id] = assignment
+            self._listener.started(assignment.key)
+            if self._wanted() > 0:
+                self._asker.look_ahead(self._study)
+            return self._config(assignment)
+        if self._study.num_done() >= self._budget.target and (resumed := self._next_resumption()) is not None:
+            self._resumed[trial_id] = resumed
+            self._listener.started(resumed.key)
+            return self._config(resumed, resume=True)
+        return None
+
+    def _wanted(self) -> int:
+        """How many trials are missing beside those that are done, run, or wait to run."""
+        known = self._study.num_done() + len(self._live) + len(self._unfinished) + len(self._study.waiting())
+        return self._budget.target - known
+
+    def _look_at_the_budget(self) -> None:
+        if self.budget_reason is None:
+            self.budget_reason = self._budget.spent()
+        if self._budget.expired() is not None:
+            self._scheduler.halt()
+
+    def _next(self) -> Assignment | None:
+        """The next trial that can start now: cut off under an earlier driver, waiting, or new."""
+        while self._study.num_done() + len(self._live) < self._budget.target:
+            assignment = self._adopted() or self._waiting() or self._new()
+            if assignment is None:
+                return None
+            stored = self._files.result(assignment.key)
+            if stored is None:
+                return assignment
+            self._tell(assignment, stored)  # finished under an earlier driver, which did not live to tell
+        return None
+
+    def _adopted(self) -> Assignment | None:
+        for _ in range(len(self._unfinished)):
+            assignment = self._study.adopt(self._unfinished.popleft())
+            if self._teachers.may_start(assignment):
+                return assignment
+            self._unfinished.append(assignment.number)
+        return None
+
+    def _waiting(self) -> Assignment | None:
+        for number in self._study.waiting():
+            if self._teachers.may_start(self._study.assignment(number)):
+                return self._study.start(number)
+        return None
+
+    def _new(self) -> Assignment | None:
+        """A new suggestion, once it is computed and its teacher is there; one that must wait is stored as waiting."""
+        if self._wanted() <= 0 or len(self._study.waiting()) + len(self._unfinished) >= self._slots:
+            return None  # enough trials wait for teachers: more of them would start nothing
+        number = self._asker.take(self._study)
+        return self._waiting() if number is not None else None
+
+    def _config(self, assignment: Assignment, *, resume: bool = False) -> dict[str, Any]:
+        recipe = self._study.space.recipe(assignment.params, assignment.number)
+        return Suggestion(assignment.key, assignment.params, recipe, resume=resume).to_config()
+
+    def _next_resumption(self) -> Assignment | None:
+        """All trials are there and budget is left: the verification whose rest narrows the front most per second."""
+        if not self._budget.is_open_ended:
+            return None
+        busy = self._tried | {assignment.number for assignment in self._resumed.values()}
+        number = resumption(self._study.trials(), self._study.config.search.hypervolume_reference, without=busy)
+        if number is None:
+            return None
+        self._tried.add(number)
+        return self._study.assignment(number)
+
+    # ---- What came of it ------------------------------------------------------------------------------------------
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        if result.get("state") == "RUNNING" and trial_id in self._live:
-            self._listener.advanced(self._live[trial_id].key, result["phase"], result["step"], result["steps"])
+        assignment = self._live.get(trial_id) or self._resumed.get(trial_id)
+        if assignment is None or "phase" not in result:
+            return
+        self._teachers.advanced(assignment, result["phase"])
+        self._listener.advanced(assignment.key, result["phase"], result["step"], result["steps"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study. Tune swallows what is raised here, so a study that cannot be written ends the search."""
-        assignment = self._live.pop(trial_id, None)
-        if assignment is None:
-            return
+        assignment, resumed = self._live.pop(trial_id, None), self._resumed.pop(trial_id, None)
         try:
-            self._conclude(assignment, result)
+            if not self._may_write():  # what the trial left in its folder is told by the next driver
+                return
+            if assignment is not None:
+                self._teachers.ended(assignment)
+                self._conclude(assignment, result or {})
+            elif resumed is not None:
+                self._conclude_resumption(resumed, result or {})
         except Exception as failure:
-            self._unfinished.append(assignment.number)
-            reason = " ".join(str(failure).split())
-            self.stop_reason = f"the study could not be written ({type(failure).__name__}: {reason}); nothing is lost"
+            if assignment is not None:
+                self._unfinished.append(assignment.number)
+            self._stop(f"the study could not be written ({_one_line(failure)}); nothing is lost")
 
-    def _conclude(self, assignment: Assignment, result: dict[str, Any] | None) -> None:
-        state = (result or {}).get("state")
-        if state == "COMPLETE" and result is not None:
-            self._tell(assignment, TrialResult(**json.loads(result["result"])))
-        elif state == "FAILED" and result is not None:
-            self._fail(assignment, result["reason"])
+    def _conclude(self, assignment: Assignment, last: dict[str, Any]) -> None:
+        state, key = last.get("state"), assignment.key
+        stopped = self._scheduler.stopped.pop(key, None)
+        if state == "COMPLETE":
+            self._tell(assignment, TrialResult(**json.loads(last["result"])))
+        elif state == "FAILED":
+            self._fail(assignment, last["reason"], silent=False)
+        elif state == "WAITING":
+            self._teachers.held_elsewhere(assignment)
+            self._unfinished.append(assignment.number)
+        elif state == "PAUSED":
+            self._unfinished.append(assignment.number)
+            self._stop(f"{last['reason']}; the search pauses, nothing is lost: make room and run the same command")
+        elif (stored := self._files.result(key)) is not None:
+            self._tell(assignment, stored)
+        elif stopped is not None and state == "VERIFYING":
+            result = TrialResult(**json.loads(last["result"]) | {"reason": stopped})
+            self._files.end_stopped_verification(key, result)
+            self._tell(assignment, result)
+        elif stopped is not None and state == "RUNG":
+            self._stop_training(assignment, last, stopped)
+        elif self._scheduler.is_halted:
+            self._unfinished.append(assignment.number)  # cut off: it goes on when the search does
         else:
-            stored = self._stored_result(assignment.key)
-            if stored is not None:
+            self._fail(
+                assignment, "worker died: its process ended without a report (killed, or out of memory)", silent=True
+            )
+
+    def _stop_training(self, assignment: Assignment, last: dict[str, Any], reason: str) -> None:
+        # Files first: should this driver die in between, the trial is still RUNNING and is judged again.
+        self._files.end_stopped_training(assignment.key, reason)
+        self._study.tell_stopped(assignment.number, reason, json.loads(last["values"])["seconds"])
+        self._reasons.clear()
+        self._listener.stopped(assignment.key, reason)
+
+    def _conclude_resumption(self, assignment: Assignment, last: dict[str, Any]) -> None:
+        """A resumed verification that did not end well leaves the interval that was there."""
+        if last.get("state") == "COMPLETE":
+            result = TrialResult(**json.loads(last["result"]))
+            self._study.refine(assignment.number, result)
+            self._listener.finished(assignment.key, result)
+
+    def _tell(self, assignment: Assignment, result: TrialResult) -> None:
+        self._study.tell(assignment.number, result)
+        self._reasons.clear()
+        self._listener.finished(assignment.key, result)
+
+    def _fail(self, assignment: Assignment, reason: str, *, silent: bool) -> None:
+        self._study.tell_failed(assignment.number, reason)
+        self._files.end_failed(assignment.key, reason, silent=silent)
+        # Steps, sizes and the weights of a loss differ, the reason does not.
+        self._reasons.append(re.sub(r"\d[\d.e+-]*", "#", re.sub(r"\{[^{}]*\}", "{}", reason)))
+        self._listener.failed(assignment.key, reason)
+        last, failed = self._reasons[-IDENTICAL_FAILURES:], self._study.num_failed()
+        if len(last) == IDENTICAL_FAILURES and len(set(last)) == 1:
+            self._stop(f"{IDENTICAL_FAILURES} trials in a row failed for the same reason: {reason}")
+        elif failed > allowed_failures(self._budget.target):
+            self._stop(
+                f"{failed} trials failed, more than the {allowed_failures(self._budget.target)} that a search of "
+                f"{self._budget.target} trials may lose; the last reason: {reason}"
+            )
+
+    def _may_write(self) -> bool:
+        """Whether the study is still this driver's; if not, the search ends here and cuts off what runs."""
+        if not self._is_only_driver():
+            self._stop(f"the lock on study {self._study.config.study_name} was lost, and another driver may have it")
+            self._scheduler.halt()
+            return False
+        return True
+
+    def _stop(self, reason: str) -> None:
+        self.stop_reason = self.stop_reason or reason
+
+    def _give_up_unfinished(self) -> None:
+        """Trials cut off under an earlier driver that asked for more: none may stay RUNNING in a complete study."""
+        reason = f"given up: it was cut off, and {self._budget.target} trials were reached without it"
+        while self._unfinished:
+            assignment = self._study.adopt(self._unfinished.popleft())
+            stored = self._files.result(assignment.key)
+            if stored is not None:  # it had finished: a result is never thrown away
                 self._tell(assignment, stored)
             else:
-                reason = "worker died: its process ended without a report (killed, or out of memory)"
-                self.silent_failures[assignment.key] = reason
-                self._fail(assignment, reason)
+                self._study.tell_failed(assignment.number, reason, given_up=True)
+                self._files.end_failed(assignment.key, reason, silent=True)
+
+    # ---- What Tune asks of a searcher -----------------------------------------------------------------------------
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the study has it. Tune wants a file."""
@@ -126,35 +327,6 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         """Tune pickles its searcher with the experiment; database handles and credentials stay out of that."""
         return {}
 
-    def _give_up_unfinished(self) -> None:
-        """Trials cut off under an earlier driver that asked for more: none may stay RUNNING in a complete study."""
-        reason = f"given up: it was cut off, and {self._target} trials were reached without it"
-        while self._unfinished:
-            assignment = self._study.adopt(self._unfinished.popleft())
-            stored = self._stored_result(assignment.key)
-            if stored is not None:  # it had finished: a result is never thrown away
-                self._tell(assignment, stored)
-            else:
-                self.silent_failures[assignment.key] = reason
-                self._study.tell_failed(assignment.number, reason, given_up=True)
 
-    def _tell(self, assignment: Assignment, result: TrialResult) -> None:
-        self._study.tell(assignment.number, result)
-        self._complete += 1
-        self._reasons.clear()
-        self._listener.finished(assignment.key, result)
-
-    def _fail(self, assignment: Assignment, reason: str) -> None:
-        self._study.tell_failed(assignment.number, reason)
-        self._failed += 1
-        # Steps, sizes and the weights of a loss differ, the reason does not.
-        self._reasons.append(re.sub(r"\d[\d.e+-]*", "#", re.sub(r"\{[^{}]*\}", "{}", reason)))
-        self._listener.failed(assignment.key, reason)
-        last = self._reasons[-IDENTICAL_FAILURES:]
-        if len(last) == IDENTICAL_FAILURES and len(set(last)) == 1:
-            self.stop_reason = f"{IDENTICAL_FAILURES} trials in a row failed for the same reason: {reason}"
-        elif self._failed > allowed_failures(self._target):
-            self.stop_reason = (
-                f"{self._failed} trials failed, more than the {allowed_failures(self._target)} that a search of "
-                f"{self._target} trials may lose; the last reason: {reason}"
-            )
+def _one_line(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())}"

@@ -29,7 +29,6 @@ from ccdist.config import (
     NetworkConfig,
     StudentConfig,
     TeacherConfig,
-    VerifyConfig,
     fingerprint,
 )
 from search.config import SearchConfig, SpaceFileError, as_float, explain, nearest
@@ -144,8 +143,7 @@ class Space:
                     )
             values = resolved[section] | {"network": parts["network"], "seed": seeds[section]}
             parts[section] = _validate(model, values, section)
-        verification = VerifyConfig(threat=config.threat, **dict(config.verification))
-        whole = parts | {"data": config.data, "threat": config.threat, "verification": verification}
+        whole = parts | {"data": config.data, "threat": config.threat, "verification": config.verifier}
         del whole["network"]
         recipe: Recipe = _validate(Recipe, whole, "")
         return recipe

@@ -10,8 +10,10 @@ from pathlib import Path
 from ccdist import checkpoint
 from search.config import SearchConfig
 from search.database import sqlite_file
+from search.driver_lock import DriverLock, file_lock, study_lock
 from search.errors import UserError
-from search.locks import exclusive
+from search.mounts import current_mounts, network_file_system
+from search.teachers import TeacherStore
 
 DEFAULT_STORAGE = "runs"
 _TRACKING_SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql")
@@ -57,11 +59,15 @@ class Storage:
     def journals(self, study: str) -> Path:
         return self.study_folder(study) / "journal"
 
+    @property
+    def teachers(self) -> Path:
+        return self.artifacts / "teachers"
+
     def prepare(self) -> None:
         """Make the folders, and try to write in each.
 
         Raises:
-            StorageError: one cannot be written.
+            StorageError: one cannot be written, or the study's database would lie on another machine's disk.
         """
         database = sqlite_file(self.study_url)
         for folder in dict.fromkeys([self.folder, self.artifacts, *([database.parent] if database else [])]):
@@ -73,6 +79,8 @@ class Storage:
                 raise StorageError(
                     f"storage {folder} cannot be written ({error.strerror}); choose another with --storage DIR"
                 ) from error
+        if database is not None:
+            check_local(database, current_mounts())
 
     def claim(self, study: str, identifier: str) -> None:
         """Mark the study's folder as its own, or check that it is: trials there are trusted by their keys.
@@ -91,18 +99,19 @@ class Storage:
             )
 
     @contextmanager
-    def only_driver(self, study: str) -> Iterator[None]:
-        """One driver for a study, whatever folder it was started from: locks beside its database and its artefacts.
+    def only_driver(self, study: str) -> Iterator[DriverLock]:
+        """One driver for a study, whatever folder it was started from: locks with its database and its artefacts.
 
         Raises:
             LockedError: another driver lives.
+            StudyError: the database cannot be reached.
         """
-        database = sqlite_file(self.study_url)
         with ExitStack() as stack:
-            if database is not None:
-                stack.enter_context(exclusive(database.with_name(f"{database.name}.{study}.lock"), wait=False))
-            stack.enter_context(exclusive(self.artifacts / "locks" / f"{study}.lock", wait=False))
-            yield
+            locks = [
+                stack.enter_context(study_lock(self.study_url, study)),
+                stack.enter_context(file_lock(self.artifacts / "locks" / f"{study}.lock")),
+            ]
+            yield DriverLock(locks)
 
     def check_unfinished(self, study: str, keys: list[str]) -> None:
         """Read every checkpoint that unfinished trials will go on from, before anything starts.
@@ -110,16 +119,30 @@ class Storage:
         Raises:
             CorruptCheckpointError: one is damaged; nothing was changed.
         """
-        teachers = self.artifacts / "teachers"
-        for folder in sorted(path for path in teachers.glob("*") if path.is_dir() and not path.name.startswith(".")):
-            _read_network(folder)
+        TeacherStore.of(self.teachers).check()
         trials = self.study_folder(study) / "trials"
-        for state in [*teachers.glob("*.state.safetensors"), *(trials / key / "state.safetensors" for key in keys)]:
+        for state in (trials / key / "state.safetensors" for key in keys):
             if state.exists():
                 checkpoint.load_state(state)
         for student in (trials / key / "student" for key in keys):
             if student.exists():
                 _read_network(student)
+
+
+def check_local(database: Path, mounts: str) -> None:
+    """Refuse an SQLite database on a network file system: its locks and its shared memory work on one machine only.
+
+    Raises:
+        StorageError: it lies on one, by the table of mounts.
+    """
+    found = network_file_system(database.resolve(), mounts)
+    if found is not None:
+        point, kind = found
+        raise StorageError(
+            f"study database {database} lies on {point}, a network file system ({kind}), where SQLite loses data; set "
+            "storage.study to sqlite:///FILE on a local disk or to postgresql://..., and storage.artifacts to this "
+            "folder"
+        )
 
 
 def default_study_url(folder: Path) -> str:

@@ -1,46 +1,52 @@
 """The study in Optuna's RDB storage: the one truth of a search.
 
-Parameters and states are Optuna's own; results, reasons and keys are user attributes. Ray and MLflow hold views
-that can be thrown away. Both objectives are maximised; this module alone says so to Optuna.
+Parameters and states are Optuna's own; results, rungs, reasons and keys are user attributes. Ray and MLflow hold views
+that can be thrown away. One driver writes a study at a time, so the database is read when it is opened and written
+from then on: a trial of a study of 10,000 costs what the first one did.
+
+A trial is created whole, in one transaction, and ends with the change of its state, which is the last of the writes
+that end it. Whatever was written before a kill is written again.
 """
 
-import json
+import math
 import time
-import uuid
-import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from ccdist.config import fingerprint
-from search.config import (
-    GPConfig,
-    NSGA2Config,
-    NSGA3Config,
-    RandomConfig,
-    SamplerConfig,
-    SearchConfig,
-    TPEConfig,
-)
+from search.config import SearchConfig
 from search.database import StudyError as StudyError
-from search.database import open_storage, sqlite_file, without_password
-from search.recipe import derive_seed
-from search.records import OBJECTIVES, StudyRecord, TrialRecord, TrialResult
+from search.database import open_storage
+from search.proposal import Proposal as Proposal
+from search.records import RungValues, StudyRecord, TrialRecord, TrialResult
 from search.records import TrialState as RecordState
+from search.sampling import Suggested
+from search.sampling_view import (
+    TELL_STOPPED,
+    History,
+    TellStopped,
+    constraint_attributes,
+    floor_constraints,
+    kept_attributes,
+)
 from search.space import Space
-
-FORMAT_VERSION = 1
-DIRECTIONS: list[Literal["maximize", "minimize"]] = ["maximize", "maximize"]
-_STATES: dict[TrialState, RecordState] = {
-    TrialState.COMPLETE: "COMPLETE",
-    TrialState.FAIL: "FAILED",
-    TrialState.RUNNING: "RUNNING",
-    TrialState.WAITING: "WAITING",
-}
+from search.study_record import (
+    REFINED,
+    empty_record,
+    made_or_checked,
+    not_finite,
+    trial_record,
+    with_result,
+    with_trials,
+)
+from search.study_record import load_record as load_record
+from search.study_record import stored_record as stored_record
+from search.study_record import trial_key as trial_key
 
 
 @dataclass(frozen=True)
@@ -50,256 +56,288 @@ class Assignment:
     number: int
     key: str
     params: dict[str, Any]
+    configuration: str
 
 
 class Study:
     """A study opened for running: asks, tells, and remembers what it asked."""
 
-    def __init__(self, config: SearchConfig, space: Space, optuna_study: optuna.Study) -> None:
-        self.config, self.space, self._study = config, space, optuna_study
+    tell_stopped_as: TellStopped = TELL_STOPPED
+
+    def __init__(self, config: SearchConfig, space: Space, study: optuna.Study, storage: BaseStorage) -> None:
+        self.config, self.space = config, space
+        self._storage, self._study_id = storage, study._study_id
+        attributes = study.user_attrs
+        self.identifier = str(attributes["id"])  # random: tells its artefacts from those of another of the same name
+        self._empty = empty_record(study)
+        self._trials: list[TrialRecord] = []
+        self._numbers: dict[RecordState, set[int]] = {
+            state: set() for state in ("COMPLETE", "STOPPED", "FAILED", "RUNNING", "WAITING")
+        }
+        self._ids: list[int] = []  # the storage's own
+        self._given_up: set[int] = set()
+        self._attributes: dict[int, Mapping[str, Any]] = {}  # what suggestions left for later ones
+        points: set[int] = set()
+        for trial in storage.get_all_trials(self._study_id, deepcopy=False):
+            self._remember(trial, attributes.get(f"{REFINED}{trial.number}"))
+            points.add(trial.user_attrs.get("point", -1))
+        self._enqueue_points(points)
 
     @classmethod
-    def open(cls, config: SearchConfig, space: Space, url: str, data_fingerprint: str) -> "Study":
+    def open(cls, config: SearchConfig, space: Space, storage: str | BaseStorage, data_fingerprint: str) -> "Study":
         """Create the study, or continue the stored one after checking that it is the same.
+
+        Args:
+            config: the space file.
+            space: its space.
+            storage: a database's URL, or an Optuna storage.
+            data_fingerprint: of the images that trials are trained and measured on.
 
         Raises:
             StudyError: the stored study has another space, other data or other directions.
         """
-        study = optuna.create_study(
-            study_name=config.study_name, storage=open_storage(url), directions=DIRECTIONS, load_if_exists=True
-        )
-        _check_directions(study)
-        attributes = study.user_attrs
-        if "identity" not in attributes:
-            # The identity is written last: a study whose making was interrupted has none, and is made again.
-            study.set_user_attr("format_version", FORMAT_VERSION)
-            study.set_user_attr("id", uuid.uuid4().hex)
-            study.set_user_attr("data_fingerprint", data_fingerprint)
-            study.set_user_attr("started_at", time.time())
-            study.set_user_attr("space", config.model_dump(mode="json"))
-            study.set_user_attr("identity", config.identity)
-        else:
-            _check_same(study, config)
-            if attributes["data_fingerprint"] != data_fingerprint:
-                raise StudyError(
-                    f"study {study.study_name} was made from other images than those of {config.data.name} now; "
-                    f"{_ADVICE}"
-                )
-        opened = cls(config, space, study)
-        opened._enqueue_points()
-        return opened
+        opened = open_storage(storage) if isinstance(storage, str) else storage
+        return cls(config, space, made_or_checked(config, opened, data_fingerprint), opened)
 
-    @property
-    def identifier(self) -> str:
-        """Random, made with the study: tells its artefacts from those of another study of the same name."""
-        return str(self._study.user_attrs["id"])
+    # ---- what is there ---------------------------------------------------------------------------------------------
 
     def record(self) -> StudyRecord:
         """The study as plain values."""
-        return _record(self._study)
+        return with_trials(self._empty, tuple(self._trials))
+
+    def trials(self) -> Sequence[TrialRecord]:
+        """The trials by number; a snapshot that later changes do not reach."""
+        return tuple(self._trials)
+
+    def waiting(self) -> list[int]:
+        """Trials that were asked ahead and not started; points come first, as they were stored first."""
+        return sorted(self._numbers["WAITING"])
 
     def unfinished(self) -> list[int]:
-        """Numbers of trials that were started and have no result, from whatever driver."""
-        return [trial.number for trial in self._trials(TrialState.RUNNING)]
+        """Trials that were started and have no result, from whatever driver."""
+        return sorted(self._numbers["RUNNING"])
+
+    def num_done(self) -> int:
+        """Trials that count towards the budget."""
+        return self.num_complete() + len(self._numbers["STOPPED"])
 
     def num_complete(self) -> int:
-        return len(self._trials(TrialState.COMPLETE))
+        return len(self._numbers["COMPLETE"])
 
     def num_failed(self) -> int:
         """Failed trials, without those that were given up because nobody needed them."""
-        return sum(not trial.user_attrs.get("given_up") for trial in self._trials(TrialState.FAIL))
+        return len(self._numbers["FAILED"] - self._given_up)
+
+    # ---- asking ----------------------------------------------------------------------------------------------------
+
+    def prepare(self) -> Proposal:
+        """What the next suggestion needs. `Proposal.suggest` may then run in a thread; `enqueue` takes its answer."""
+        history = History(tuple(self._trials), dict(self._attributes))
+        return Proposal(len(self._trials), self.config.search, history, self.space, self.tell_stopped_as)
+
+    def enqueue(self, proposal: Proposal, suggested: Suggested) -> int | None:
+        """Store a trial that was asked ahead; its number, or None when another trial has taken that meanwhile."""
+        if proposal.number != len(self._trials):
+            return None
+        return self._create(TrialState.WAITING, suggested)
+
+    def start(self, number: int) -> Assignment:
+        """Start a waiting trial.
+
+        Raises:
+            StudyError: it does not wait any more, as another driver has started it.
+        """
+        try:
+            started = self._storage.set_trial_state_values(self._ids[number], TrialState.RUNNING)
+        except UpdateFinishedTrialError:
+            started = False
+        if not started:
+            raise StudyError(f"trial {self._trials[number].key} was started already; only one search may run a study")
+        self._put(replace(self._trials[number], state="RUNNING"))
+        return self.adopt(number)
 
     def ask(self) -> Assignment:
-        """Start a new trial: a waiting point if there is one, else what the sampler suggests."""
-        waiting = self._trials(TrialState.WAITING)
-        number = waiting[0].number if waiting else len(self._study.get_trials(deepcopy=False))
-        self._study.sampler = self._sampler(number)
-        return self._assign(self._study.ask())
+        """Start a new trial: a waiting one if there is one, else what is suggested."""
+        waiting = self.waiting()
+        if waiting:
+            return self.start(waiting[0])
+        return self.assignment(self._create(TrialState.RUNNING, self.prepare().suggest()))
 
     def adopt(self, number: int) -> Assignment:
-        """Take over a trial that an earlier driver started; parameters it had not drawn yet are drawn now."""
-        frozen = self._study.get_trials(deepcopy=False)[number]
-        self._study.sampler = self._sampler(number)
-        return self._assign(optuna.trial.Trial(self._study, frozen._trial_id))
+        """Take over a trial that an earlier driver started; of studies of older versions, parameters that it had not
+        drawn yet are drawn now."""
+        record = self._trials[number]
+        if not (record.configuration and record.seed):
+            self._draw_rest(number)
+        return self.assignment(number)
+
+    def assignment(self, number: int) -> Assignment:
+        """A trial's place and parameters, in whatever state it is."""
+        record = self._trials[number]
+        return Assignment(number, record.key, dict(record.params), record.configuration)
+
+    # ---- telling ---------------------------------------------------------------------------------------------------
+
+    def note_rung(self, number: int, rung: str, values: RungValues) -> None:
+        """Store what a trial showed at a rung; a rung that is stored already stays as it is.
+
+        Raises:
+            ValueError: a value is not finite.
+        """
+        record = self._trials[number]
+        if record.state != "RUNNING" or rung in record.rungs:
+            return
+        if wrong := not_finite(values):
+            raise ValueError(f"trial {record.key}, rung {rung}: {wrong}; a rung holds finite numbers only")
+        rungs = record.rungs | {rung: values}
+        stored = {name: asdict(reached) for name, reached in rungs.items()}
+        self._storage.set_trial_user_attr(self._ids[number], "rungs", stored)
+        self._put(replace(record, rungs=rungs))
 
     def tell(self, number: int, result: TrialResult) -> None:
-        """Store a trial's result; the objectives are told to the sampler.
+        """Store a trial's result; one with a number that is not finite is stored as a failure.
 
-        Floors become constraints (satisfied at or below 0) before the state changes, as Optuna wants them.
+        What Optuna holds as objectives is what the sampler is told, and floors are constraints on the worst end.
         """
-        trial = self._handle(number)
-        trial.set_user_attr("result", asdict(result))
-        trial.set_user_attr("finished_at", time.time())
-        for name, floor in self.config.search.floors.items():
-            trial.set_constraint(name, floor - getattr(result, name))
-        self._study.tell(number, [getattr(result, name) for name in OBJECTIVES])
+        if wrong := not_finite(result):
+            self.tell_failed(number, f"not finite: {wrong}")
+            return
+        now = time.time()
+        constraints = constraint_attributes(floor_constraints(self.config.search.floors, result.worst))
+        record = with_result(self._trials[number], result)
+        self._finish(
+            replace(record, state="COMPLETE", finished_at=now),
+            TrialState.COMPLETE,
+            {"result": asdict(result) | {"finished_at": now}},
+            constraints,
+            result.told,
+        )
+
+    def tell_stopped(self, number: int, reason: str, seconds: float) -> None:
+        """Store that a trial's training was stopped after so many seconds, and why."""
+        if not math.isfinite(seconds):
+            self.tell_failed(number, f"not finite: stopped after {seconds} s")
+            return
+        now = time.time()
+        ended = {"reason": reason, "seconds": seconds, "finished_at": now}
+        record = replace(self._trials[number], state="STOPPED", reason=reason, seconds=seconds, finished_at=now)
+        self._finish(record, TrialState.PRUNED, {"stopped": ended})
 
     def tell_failed(self, number: int, reason: str, *, given_up: bool = False) -> None:
         """Store that a trial failed, and why; `given_up`: not by its own fault."""
-        trial = self._handle(number)
-        trial.set_user_attr("given_up", given_up)
-        trial.set_user_attr("reason", reason)
-        trial.set_user_attr("finished_at", time.time())
-        self._study.tell(number, state=TrialState.FAIL)
+        now = time.time()
+        record = replace(self._trials[number], state="FAILED", reason=reason, finished_at=now)
+        ended = {"given_up": given_up, "reason": reason, "finished_at": now}
+        if self._finish(record, TrialState.FAIL, ended) and given_up:
+            self._given_up.add(number)
 
-    def _trials(self, state: TrialState) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False, states=(state,))
+    def refine(self, number: int, result: TrialResult) -> None:
+        """A narrower interval for a COMPLETE trial whose verification went on.
 
-    def _handle(self, number: int) -> optuna.trial.Trial:
-        return optuna.trial.Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id)
+        Optuna's finished trials cannot change, so it is kept beside them. A result that is wider at either end is an
+        older one, told again, and is left.
 
-    def _assign(self, trial: optuna.trial.Trial) -> Assignment:
-        params = self.space.suggest(trial)
-        key = trial_key(self._study.study_name, trial.number)
-        trial.set_user_attr("configuration", self.space.configuration(params))
-        trial.set_user_attr("seed", self.space.recipe(params, trial.number).student.seed)
-        return Assignment(trial.number, key, params)
+        Raises:
+            ValueError: the trial is not COMPLETE, or a number is not finite.
+        """
+        record = self._trials[number]
+        if record.certified_accuracy is None or record.certified_upper is None:
+            raise ValueError(f"trial {record.key} is {record.state}; only a COMPLETE one has a result to refine")
+        if wrong := not_finite(result):
+            raise ValueError(f"trial {record.key}: {wrong}; a result holds finite numbers only")
+        if result.certified_accuracy < record.certified_accuracy or result.certified_upper > record.certified_upper:
+            return
+        self._storage.set_study_user_attr(self._study_id, f"{REFINED}{number}", asdict(result))
+        self._put(with_result(record, result))
 
-    def _sampler(self, number: int) -> BaseSampler:
-        """A fresh sampler whose randomness depends on (study seed, trial number) only, so no restart replays it."""
-        return make_sampler(self.config.search.sampler, derive_seed(self.config.search.seed, "sampler", number))
+    # ---- storing ---------------------------------------------------------------------------------------------------
 
-    def _enqueue_points(self) -> None:
+    def _create(self, state: TrialState, suggested: Suggested, **user_attrs: Any) -> int:
+        """Store a trial whole, in one transaction."""
+        number, params = len(self._trials), suggested.params
+        user_attrs |= {"configuration": self.space.configuration(params), "seed": self._seed(params, number)}
+        template = create_trial(
+            state=state,
+            params=params,
+            distributions=suggested.distributions,
+            user_attrs=user_attrs,
+            system_attrs=suggested.system_attrs,
+        )
+        trial_id = self._storage.create_new_trial(self._study_id, template)
+        stored = self._storage.get_trial_number_from_id(trial_id)
+        if stored != number:
+            raise StudyError(
+                f"study {self._empty.name} got trials from another program while this search runs; run it again"
+            )
+        template.number, template._trial_id = number, trial_id
+        self._remember(template)
+        return number
+
+    def _finish(
+        self,
+        record: TrialRecord,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        constraints: Mapping[str, float] | None = None,
+        values: Sequence[float] | None = None,
+    ) -> bool:
+        """End a trial; False when it has an end already, which is kept."""
+        number = record.number
+        if self._trials[number].state not in ("RUNNING", "WAITING"):
+            return False
+        trial_id = self._ids[number]
+        try:
+            for key, value in attributes.items():
+                self._storage.set_trial_user_attr(trial_id, key, value)
+            for key, value in (constraints or {}).items():
+                self._storage.set_trial_system_attr(trial_id, key, value)
+            self._storage.set_trial_state_values(trial_id, state, values)
+        except UpdateFinishedTrialError:  # an earlier call was stored, although its answer was an error
+            self._remember(self._storage.get_trial(trial_id))
+            return False
+        self._put(record)
+        return True
+
+    def _remember(self, trial: FrozenTrial, refined: Mapping[str, Any] | None = None) -> None:
+        record = trial_record(self._empty.name, trial, refined)
+        if record.number == len(self._ids):
+            self._ids.append(trial._trial_id)
+        if trial.user_attrs.get("given_up"):
+            self._given_up.add(record.number)
+        if kept := kept_attributes(trial.system_attrs):
+            self._attributes[record.number] = kept
+        self._put(record)
+
+    def _put(self, record: TrialRecord) -> None:
+        if record.number == len(self._trials):
+            self._trials.append(record)
+        else:
+            self._numbers[self._trials[record.number].state].discard(record.number)
+            self._trials[record.number] = record
+        self._numbers[record.state].add(record.number)
+
+    def _seed(self, params: Mapping[str, Any], number: int) -> int:
+        return self.space.recipe(params, number).student.seed
+
+    def _draw_rest(self, number: int) -> None:
+        """Complete a trial that a driver of an older version left half-drawn; what was drawn is kept."""
+        trial_id = self._ids[number]
+        stored = self._storage.get_trial(trial_id)
+        fixed = stored.system_attrs.get("fixed_params", {}) | stored.params
+        drawn = replace(self.prepare(), number=number).draw(self.config.search.sampler, 0, fixed)
+        for name, value in drawn.params.items():
+            if name not in stored.params:
+                distribution = drawn.distributions[name]
+                self._storage.set_trial_param(trial_id, name, distribution.to_internal_repr(value), distribution)
+        params = drawn.params
+        configuration, seed = self.space.configuration(params), self._seed(params, number)
+        self._storage.set_trial_user_attr(trial_id, "configuration", configuration)
+        self._storage.set_trial_user_attr(trial_id, "seed", seed)
+        self._put(replace(self._trials[number], params=params, configuration=configuration, seed=seed))
+
+    def _enqueue_points(self, present: set[int]) -> None:
         """Each point once, also when an earlier driver died between two of them."""
-        present = {trial.user_attrs.get("point") for trial in self._study.get_trials(deepcopy=False)}
         for index, point in enumerate(self.space.points()):
             if index not in present:
-                self._study.enqueue_trial(point, user_attrs={"point": index})
-
-
-def trial_key(study_name: str, number: int) -> str:
-    """The name of a trial everywhere: study, artefacts, MLflow."""
-    return f"{study_name}-{number:04d}"
-
-
-def make_sampler(config: SamplerConfig, seed: int) -> BaseSampler:
-    """The sampler by its configuration."""
-    match config:
-        case TPEConfig(startup_trials=startup):
-            return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed)
-        case NSGA2Config(population=population):
-            return optuna.samplers.NSGAIISampler(population_size=population, seed=seed)
-        case NSGA3Config(population=population):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # chosen knowingly
-                return optuna.samplers.NSGAIIISampler(population_size=population, seed=seed)
-        case GPConfig(startup_trials=startup):
-            return optuna.samplers.GPSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False)
-        case RandomConfig():
-            return optuna.samplers.RandomSampler(seed=seed)
-
-
-def stored_record(config: SearchConfig, url: str) -> StudyRecord | None:
-    """The stored study of this space file, or None: writes nothing.
-
-    Raises:
-        StudyError: a study of that name exists with another space.
-    """
-    database = sqlite_file(url)
-    if database is not None and not database.is_file():
-        return None
-    storage = open_storage(url)
-    if config.study_name not in optuna.get_all_study_names(storage):
-        return None
-    study = optuna.load_study(study_name=config.study_name, storage=storage)
-    if "identity" not in study.user_attrs:
-        return None
-    _check_same(study, config)
-    return _record(study)
-
-
-def load_record(url: str, name: str) -> StudyRecord:
-    """A stored study as plain values, for reading only.
-
-    Raises:
-        StudyError: there is no such study.
-    """
-    database = sqlite_file(url)
-    if database is not None and not database.is_file():
-        raise StudyError(f"there is no study database {database}; run a search first, or name its --storage")
-    storage = open_storage(url)
-    names = optuna.get_all_study_names(storage)
-    if name not in names:
-        raise StudyError(
-            f"no study {name!r} in {without_password(url)}; studies there: {', '.join(sorted(names)) or 'none'}"
-        )
-    return _record(optuna.load_study(study_name=name, storage=storage))
-
-
-_ADVICE = "choose another name (--set name=...) or another --storage"
-
-
-def _check_same(study: optuna.Study, config: SearchConfig) -> None:
-    attributes = study.user_attrs
-    _check_version(study)
-    _check_directions(study)
-    if fingerprint(attributes["identity"]) != config.identity_hash:
-        difference = _first_difference(attributes["identity"], json.loads(json.dumps(config.identity)))
-        raise StudyError(f"study {study.study_name} exists with another space ({difference}); {_ADVICE}")
-
-
-def _check_version(study: optuna.Study) -> None:
-    version = study.user_attrs.get("format_version")
-    if version != FORMAT_VERSION:
-        raise StudyError(f"study {study.study_name} has format {version}; this program reads {FORMAT_VERSION}")
-
-
-def _check_directions(study: optuna.Study) -> None:
-    if [direction.name.lower() for direction in study.directions] != DIRECTIONS:
-        raise StudyError(f"study {study.study_name} exists with other directions; {_ADVICE}")
-
-
-def _first_difference(stored: Any, given: Any, path: str = "") -> str:
-    if isinstance(stored, dict) and isinstance(given, dict):
-        for key in sorted(stored.keys() | given.keys()):
-            if stored.get(key) != given.get(key):
-                return _first_difference(stored.get(key), given.get(key), f"{path}.{key}".lstrip("."))
-    return f"{path}: stored {json.dumps(stored)}, given {json.dumps(given)}"
-
-
-def _record(study: optuna.Study) -> StudyRecord:
-    attributes = study.user_attrs
-    if "identity" not in attributes:
-        raise StudyError(f"study {study.study_name} was interrupted while it was made; run its search again")
-    _check_version(study)
-    config = SearchConfig.model_validate(attributes["space"])
-    trials = tuple(_trial_record(study.study_name, trial) for trial in study.get_trials(deepcopy=False))
-    attack = config.verification.attack
-    rungs = [
-        f"pgd {attack.steps}x{attack.step_size}x{attack.restarts}" if rung == "pgd" else rung
-        for rung in config.verification.rungs
-    ]
-    num_images = next((t.num_images for t in trials if t.num_images is not None), 0)
-    return StudyRecord(
-        name=study.study_name,
-        reference=config.search.hypervolume_reference,
-        trials=trials,
-        dataset=config.data.name,
-        threat=str(config.threat),
-        num_images=num_images,
-        verifier=", ".join(rungs),
-        started_at=attributes["started_at"],
-    )
-
-
-def _trial_record(study_name: str, trial: FrozenTrial) -> TrialRecord:
-    attributes: Mapping[str, Any] = trial.user_attrs
-    result: dict[str, Any] = attributes.get("result", {}) if trial.state is TrialState.COMPLETE else {}
-    return TrialRecord(
-        key=trial_key(study_name, trial.number),
-        number=trial.number,
-        state=_STATES[trial.state],
-        params=dict(trial.params),
-        configuration=attributes.get("configuration", ""),
-        seed=attributes.get("seed", 0),
-        standard_accuracy=result.get("standard_accuracy"),
-        adversarial_accuracy=result.get("adversarial_accuracy"),
-        certified_accuracy=result.get("certified_accuracy"),
-        certified_upper=result.get("certified_upper"),
-        verification_state=result.get("verification_state"),
-        seconds=result.get("seconds"),
-        costs=dict(result.get("costs", {})),
-        num_images=result.get("num_images"),
-        finished_at=attributes.get("finished_at"),
-        reason=attributes.get("reason"),
-    )
+                suggested = self.prepare().draw(self.config.search.sampler, 0, point)
+                self._create(TrialState.WAITING, suggested, point=index)

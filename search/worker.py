@@ -1,4 +1,15 @@
-"""What Ray runs for a trial: unpack, run, report. Every failure becomes a report, so no trial ends a search."""
+"""What Ray runs for a trial: unpack, run, report. Every failure becomes a report, so no trial ends a search.
+
+A report is a flat dictionary with the trial's `key` and a `state`:
+
+    RUNNING    phase, step, steps            at most one a second
+    RUNG       rung, values                  JSON of RungValues
+    VERIFYING  result, phase, step, steps    JSON of the TrialResult if it is stopped here
+    WAITING    teacher                       another process trains it; the trial can be started again later
+    PAUSED     reason                        the disk is full; the trial can be started again later
+    COMPLETE   result                        JSON of the TrialResult
+    FAILED     reason
+"""
 
 import json
 import time
@@ -13,12 +24,18 @@ from ray import tune
 
 from ccdist.data import Dataset, ImageSet
 from ccdist.host_memory import keep_freed_memory
-from search.config import ResourcesConfig
+from search.config import ResourcesConfig, StoppingConfig
+from search.disk_space import DiskFullError
+from search.endings import failure_reason
+from search.places import TrialPlaces, load_result
 from search.recipe import Recipe
-from search.trial import TrialPlaces, TrialTask, failure_reason, run_trial
+from search.records import RungValues, TrialResult
+from search.reports import WaitingForTeacher
+from search.trial import TrialTask, resume_verification, run_trial
+from search.verifying import REPORT_INTERVAL_S
 
-# Seconds between progress reports: each one passes through the driver's loop.
-REPORT_INTERVAL = 1.0
+# An undecided image that gets more time gets so many times what it had.
+TIMEOUT_GROWTH = 4.0
 
 
 @dataclass(frozen=True)
@@ -50,48 +67,95 @@ class SharedDataset:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What the searcher sends to a worker, as a Tune configuration of plain values."""
+    """What the searcher sends to a worker, as a Tune configuration of plain values.
+
+    resume: the trial is COMPLETE, and its verification is to go on with larger limits.
+    """
 
     key: str
     params: dict[str, Any]
     recipe: Recipe
+    resume: bool = False
 
     def to_config(self) -> dict[str, Any]:
         # One text: Tune would spell nested values into the trial's name and merge them with its own.
-        return {"trial": json.dumps({"key": self.key, "params": self.params, "recipe": self.recipe.model_dump_json()})}
+        content = {"key": self.key, "params": self.params, "resume": self.resume}
+        return {"trial": json.dumps(content | {"recipe": self.recipe.model_dump_json()})}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Suggestion":
         content = json.loads(config["trial"])
-        return cls(content["key"], content["params"], Recipe.model_validate_json(content["recipe"]))
+        recipe = Recipe.model_validate_json(content["recipe"])
+        return cls(content["key"], content["params"], recipe, content["resume"])
+
+
+class TuneReports:
+    """The reports of one trial, as flat Tune metrics. Tune blocks here until the driver has decided.
+
+    Where the decision is to stop, Tune raises SystemExit out of the report.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._last = -REPORT_INTERVAL_S
+
+    def advanced(self, phase: str, done: int, of: int) -> None:
+        if time.monotonic() - self._last >= REPORT_INTERVAL_S:
+            # Not "done": Tune takes a metric of that name for the end of the trial.
+            self.send("RUNNING", phase=phase, step=done, steps=of)
+
+    def rung(self, name: str, values: RungValues) -> None:
+        self.send("RUNG", rung=name, values=json.dumps(asdict(values)))
+
+    def verifying(self, result: TrialResult, phase: str, done: int, of: int) -> None:
+        self.send("VERIFYING", result=json.dumps(asdict(result)), phase=phase, step=done, steps=of)
+
+    def send(self, state: str, **fields: str | int) -> None:
+        """One report now."""
+        self._last = time.monotonic()
+        tune.report({"key": self._key, "state": state, **fields})
 
 
 def trainable(
-    config: dict[str, Any], *, study: str, artifacts: str, shared: SharedDataset, resources: ResourcesConfig
+    config: dict[str, Any],
+    *,
+    study: str,
+    artifacts: str,
+    shared: SharedDataset,
+    resources: ResourcesConfig,
+    stopping: StoppingConfig,
 ) -> None:
-    """Run one trial and report its result, or why it failed."""
+    """Run one trial, or resume its verification, and report its result, or why there is none."""
     suggestion = Suggestion.from_config(config)
-    last_report = 0.0
-
-    def on_progress(phase: str, done: int, of: int) -> None:
-        nonlocal last_report
-        if time.monotonic() - last_report >= REPORT_INTERVAL:
-            last_report = time.monotonic()
-            # Not "done": Tune takes a metric of that name for the end of the trial.
-            tune.report({"state": "RUNNING", "phase": phase, "step": done, "steps": of})
-
+    reports = TuneReports(suggestion.key)
+    places = TrialPlaces.of(Path(artifacts), study, suggestion.key)
+    task = TrialTask(suggestion.key, suggestion.recipe, suggestion.params, places, stopping)
     try:
         device = _prepare(resources)
-        places = TrialPlaces.of(Path(artifacts), study, suggestion.key)
-        task = TrialTask(suggestion.key, suggestion.recipe, suggestion.params, places)
-        result = run_trial(task, shared.dataset(), device=device, on_progress=on_progress)
+        dataset = shared.dataset()
+        if suggestion.resume:
+            factor = next_timeout_factor(load_result(places))
+            result = resume_verification(task, dataset, device=device, timeout_factor=factor, reports=reports)
+        else:
+            result = run_trial(task, dataset, device=device, reports=reports)
+    except WaitingForTeacher as waiting:
+        reports.send("WAITING", teacher=waiting.key)
+    except DiskFullError as full:
+        reports.send("PAUSED", reason=str(full))
     except Exception as error:
-        tune.report({"state": "FAILED", "reason": failure_reason(error)})
-        return
+        reports.send("FAILED", reason=failure_reason(error))
+    else:
+        reports.send("COMPLETE", result=json.dumps(asdict(result)))
     finally:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # the process is reused; what it keeps, a neighbour on the GPU lacks
-    tune.report({"state": "COMPLETE", "result": json.dumps(asdict(result))})
+
+
+def next_timeout_factor(result: TrialResult | None) -> float:
+    """With which limits a verification goes on: those of the recipe if it was stopped, else larger ones each time."""
+    if result is None or result.verification_state == "stopped":
+        return 1.0
+    return TIMEOUT_GROWTH * float(result.provenance.get("timeout_factor", 1.0))
 
 
 def _prepare(resources: ResourcesConfig) -> torch.device:

@@ -160,8 +160,8 @@ def test_a_damaged_checkpoint_of_an_unfinished_trial(
     damaged = {
         "state": trial / "state.safetensors",
         "student": trial / "student" / "network.json",
-        "teacher": teachers / "0123" / "network.json",
-        "teacher state": teachers / "0123.state.safetensors",
+        "teacher": teachers / "0123" / "teacher.json",
+        "teacher state": teachers / "0123" / "state.safetensors",
     }[what]
     damaged.parent.mkdir(parents=True)
     damaged.write_bytes(b"\x00 not what was written \n" * 3)

@@ -10,30 +10,33 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from benchmarks.live_search import PATIENCE_S, LiveSearch, wait_for, workers_of
 from ccdist import checkpoint
-from ccdist.data import load_dataset, to_pixels
-from ccdist.verification import accuracies, verify
+from ccdist.data import ImageSet, load_dataset
+from ccdist.networks import Network
+from ccdist.verification import accuracies
 from search import front, run
+from search.places import TrialPlaces
 from search.recipe import Recipe
-from search.records import StudyRecord, TrialRecord
-from search.study import load_record
+from search.records import RungValues, StudyRecord, TrialRecord, TrialResult
+from search.study_record import load_record
+from search.verifying import Spent, load_verdicts, verify_trial
 from tracking.mlflow_tracker import MlflowTracker, local_store
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(500)
 
 # Trials of about two seconds: long enough to be killed in the middle, short enough to be many.
@@ -45,6 +48,7 @@ SETTINGS = [
     "data.validation_images=80",
     "teacher.epochs=2",
     f"student.epochs={EPOCHS}",
+    "stopping=false",  # what is stopped depends on who ends first; test_kills.py has the default
 ]
 # The second trial diverges: its weight of the L1 norm is beyond float32. Two others are recipes that train.
 POINT = "loss: cc_dist, beta: 5, warm_up: 0.02, ramp: 0.5, train_epsilon_factor: 1.0"
@@ -55,43 +59,10 @@ DIVERGING = [
     "student.l1={choices: [1.0e-7, 2.0e-7, 5.0e-7, 1.0e-6, 2.0e-6, 5.0e-6, 1.0e-5, 2.0e-5, 1.0e+39]}",
     f"search.points=[{POINTS}]",
 ]
-PATIENCE_S = 200.0
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"waited in vain until {what}"
-        time.sleep(0.02)
-
-
-@dataclass(frozen=True)
-class Process:
-    pid: int
-    title: str
-
-
-def processes_of(session: int) -> list[Process]:
-    """All living processes of a session: a driver, its Ray and the workers."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-            title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:
-            continue
-        if int(its_session) == session and state != "Z":
-            found.append(Process(int(folder.name), title))
-    return found
 
 
 def client_of(storage: Path) -> MlflowClient:
     return MlflowTracker(*local_store(storage))._client
-
-
-def workers_of(session: int) -> list[Process]:
-    """Those that run trials; Ray's own agents notice the end of their cluster after a minute only."""
-    return [process for process in processes_of(session) if process.title.startswith("ray::ImplicitFunc")]
 
 
 @dataclass
@@ -109,26 +80,13 @@ class Search:
     @contextmanager
     def started(self, trials: int) -> Iterator[subprocess.Popen[str]]:
         """A running driver; at the end no worker of its session is left, or the test fails."""
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "CCDIST_DATA_DIR")
-        }
-        driver = subprocess.Popen(
-            [sys.executable, "-m", "search.run", *self.arguments(trials)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=environment | {"RAY_TMPDIR": str(self.ray_folder), "COLUMNS": "200"},
-            start_new_session=True,
-        )
+        search = LiveSearch("digits", self.storage, self.ray_folder, self.settings)
+        driver = search.start(trials)
         try:
             yield driver
             wait_for(lambda: workers_of(driver.pid) == [], "the workers are gone")
         finally:
-            for process in processes_of(driver.pid):
-                os.kill(process.pid, signal.SIGKILL)
+            search.clean_up()
             driver.communicate()
 
     def run(self, trials: int) -> tuple[int, str, str]:
@@ -237,6 +195,23 @@ def check_mlflow(search: Search) -> None:
         }
 
 
+class Silent:
+    """Nobody follows."""
+
+    def advanced(self, phase: str, done: int, of: int) -> None: ...
+    def rung(self, name: str, values: RungValues) -> None: ...
+    def verifying(self, result: TrialResult, phase: str, done: int, of: int) -> None: ...
+
+
+def verified(network: Network, validation: ImageSet, recipe: Recipe) -> pa.Table:
+    """The verdicts of a network, found once more as a trial finds them."""
+    with tempfile.TemporaryDirectory() as folder:
+        places = TrialPlaces.of(Path(folder), "again", "again-0000")
+        places.folder.mkdir(parents=True)
+        verify_trial(network, validation, recipe.verification, places, spent=Spent({}, {}), reports=Silent())
+        return load_verdicts(places)
+
+
 def check_results(search: Search) -> None:
     """Every stored number follows from the stored verdicts, and those from the stored network."""
     for trial in search.record.complete:
@@ -246,7 +221,7 @@ def check_results(search: Search) -> None:
         recipe = Recipe.model_validate(metadata["recipe"])
         validation = load_dataset(recipe.data).validation
         network = checkpoint.load(folder / "student")
-        again = verify(network, to_pixels(validation.images), validation.labels, recipe.verification)
+        again = verified(network, validation, recipe)
         stored = (
             trial.standard_accuracy,
             trial.adversarial_accuracy,
@@ -304,7 +279,7 @@ def test_a_loss_that_is_not_finite_fails_its_trial_only(finished: Search) -> Non
 
 
 def test_the_teacher_is_trained_once(finished: Search) -> None:
-    assert len(list(finished.storage.glob("artifacts/teachers/*/weights.safetensors"))) == 1
+    assert len(list(finished.storage.glob("artifacts/teachers/*/*/weights.safetensors"))) == 1
     payers = [trial for trial in finished.record.complete if trial.costs["teacher"] > 0]
     assert len(payers) <= 1  # none, when it was the trial that diverged
     assert len([trial for trial in finished.record.trials if trial.params["loss"] == "cc_dist"]) >= 3
@@ -326,7 +301,16 @@ def front_json(search: Search, capsys: pytest.CaptureFixture[str]) -> dict[str, 
 
 def test_the_front_as_json(finished: Search, capsys: pytest.CaptureFixture[str]) -> None:
     shown = front_json(finished, capsys)
-    assert set(shown) == {"study", "objectives", "hypervolume", "reference", "trials", "front"}
+    assert set(shown) == {
+        "study",
+        "objectives",
+        "hypervolume",
+        "hypervolume_bounds",
+        "reference",
+        "trials",
+        "configurations",
+        "front",
+    }
     assert shown["study"] == "digits"
     assert shown["objectives"] == ["standard_accuracy", "certified_accuracy"]
     assert shown["reference"] == [0.85, 0.4]
@@ -342,6 +326,8 @@ def test_the_front_as_json(finished: Search, capsys: pytest.CaptureFixture[str])
         "configuration",
         "seed",
         "verification_state",
+        "reason",
+        "rungs",
     }
     assert [trial["key"] for trial in shown["trials"]] == [f"digits-000{number}" for number in range(5)]
     assert [trial["state"] for trial in shown["trials"]] == ["COMPLETE", "FAILED", *["COMPLETE"] * 3]
@@ -477,7 +463,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(fresh: Search) -> None:
 def test_a_driver_killed_early_is_continued(moment: str, fresh: Search) -> None:
     reached = {
         "no trial yet": lambda: fresh.count("RUNNING") + fresh.count("WAITING") >= 1,
-        "teacher": lambda: list(fresh.storage.glob("artifacts/teachers/*.lock")) != [],
+        "teacher": lambda: list(fresh.storage.glob("artifacts/teachers/*/*.claim")) != [],
         "first trial complete": lambda: fresh.count("COMPLETE") >= 1,
     }[moment]
     with fresh.started(3) as driver:

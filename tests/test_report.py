@@ -13,24 +13,13 @@ import plotly.graph_objects as go
 import pytest
 from rich.console import Console
 
-from search.figures import (
-    costs_figure,
-    front_figure,
-    hypervolume_figure,
-    parameters_figure,
-    save_front_png,
-)
+from search.configurations import study_front
+from search.figures import front_figure, save_front_png, untitled_front
 from search.page import write_report
 from search.records import StudyRecord, TrialRecord, TrialState
-from search.report import (
-    front_json,
-    front_table,
-    front_trials,
-    setting,
-    shared_parameters,
-    study_hypervolume,
-    varied_parameters,
-)
+from search.report import front_json, front_table, front_trials, study_hypervolume
+from search.report_text import setting, shared_parameters, varied_parameters
+from search.trial_figures import costs_figure, hypervolume_figure, parameters_figure
 
 SETTING = "1,797 validation images of digits; threat: linf 8/255; verifier: pgd, ibp, crown; each point: n = 1 seed."
 HOSTILE = '</script><script>alert("x")</script><b>&amp;[red]$x^2$'
@@ -138,11 +127,12 @@ def test_front_and_hypervolume_by_hand() -> None:
 
 def test_json_has_exactly_the_promised_shape() -> None:
     value = json.loads(json.dumps(front_json(SMALL), allow_nan=False))
-    trials = value.pop("trials")
+    trials, configurations = value.pop("trials"), value.pop("configurations")
     assert value == {
         "study": "digits",
         "objectives": ["standard_accuracy", "certified_accuracy"],
         "hypervolume": study_hypervolume(SMALL),
+        "hypervolume_bounds": [study_hypervolume(SMALL), pytest.approx(0.195)],
         "reference": [0.5, 0.0],
         "front": ["key-0", "key-1", "key-2"],
     }
@@ -158,7 +148,22 @@ def test_json_has_exactly_the_promised_shape() -> None:
         "configuration": "configuration-2",
         "seed": 2,
         "verification_state": "finished",
+        "reason": None,
+        "rungs": {},
     }
+    assert configurations[2] == {
+        "configuration": "configuration-2",
+        "trials": ["key-2"],
+        "num_seeds": 1,
+        "standard_accuracy": 0.6,
+        "certified_accuracy": 0.6,
+        "certified_upper": 0.65,
+        "standard_range": [0.6, 0.6],
+        "certified_range": [0.6, 0.6],
+        "on_front": True,
+        "certain": True,
+    }
+    assert [each["on_front"] for each in configurations] == [True, True, True, False]
     assert [each["state"] for each in trials] == ["COMPLETE"] * 4 + ["FAILED", "RUNNING"]
     assert all(each.keys() == trials[2].keys() for each in trials)
     assert trials[4]["standard_accuracy"] is None
@@ -171,7 +176,7 @@ def test_json_of_no_trials() -> None:
 
 def test_table_lists_the_front_with_intervals_that_are_open() -> None:
     text = rendered(SMALL)
-    assert text.startswith("digits: 3 of 4 complete trials on the front\nhypervolume 0.1900 above (0.5, 0)\n")
+    assert text.startswith("digits: 3 of 4 complete trials on the front\nhypervolume 0.1900 to 0.1950 above (0.5, 0)\n")
     assert SETTING in text
     assert "In all trials: alpha = 0.5, network = cnn3." in text
     assert "0.6000\u20130.6500" in text
@@ -277,10 +282,10 @@ def test_every_figure_says_what_its_numbers_are(tmp_path: Path) -> None:
 def test_the_front_alone_says_what_its_numbers_are() -> None:
     title = front_figure(SMALL).layout.title
     assert title.text == "digits"
-    assert "3 of 4 complete trials on the front, hypervolume 0.1900 above (0.5, 0)" in title.subtitle.text
-    assert setting(SMALL) == SETTING
+    assert "3 of 4 complete trials on the front, hypervolume 0.1900 to 0.1950 above (0.5, 0)" in title.subtitle.text
+    assert setting(study_front(SMALL)) == SETTING
     assert SETTING in title.subtitle.text.replace("<br>", " ")
-    assert front_figure(SMALL, titled=False).layout.title.text is None
+    assert untitled_front(study_front(SMALL)).layout.title.text is None
 
 
 def test_failed_trials_are_listed_with_their_reason(tmp_path: Path) -> None:
@@ -320,7 +325,7 @@ def test_a_reference_far_away_does_not_crowd_the_trials() -> None:
 def test_hypervolume_over_time_is_in_the_order_of_finishing() -> None:
     late, early = trial(0, 0.9, 0.3, finished_at=1120.0), trial(1, 0.8, 0.5, finished_at=1030.0)
     untimed = trial(2, 0.6, 0.6, finished_at=None)
-    (line,) = hypervolume_figure(study(late, early, untimed)).data
+    (line,) = hypervolume_figure(study_front(study(late, early, untimed))).data
     assert list(line.x) == [0.0, 30.0, 120.0]
     assert list(line.y) == pytest.approx([0.0, 0.15, 0.18])  # 0.3 x 0.5, then 0.4 x 0.3 + 0.3 x 0.2
     assert line.line.shape == "hv"
@@ -384,7 +389,7 @@ def test_costs_are_stacked_and_failed_trials_count() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_result_that_is_not_finite_is_refused_by_name(tmp_path: Path, field: str, value: float) -> None:
     broken = study(trial(0, 0.9, 0.3), trial(1, 0.8, 0.5, **{field: value}))
-    for use in (front_table, front_json, front_figure, hypervolume_figure, parameters_figure, study_hypervolume):
+    for use in (front_table, front_json, front_figure, study_front, parameters_figure, study_hypervolume):
         with pytest.raises(ValueError, match=f"trial key-1 has {field} = "):
             use(broken)
     for write in (write_report, save_front_png):

@@ -81,7 +81,7 @@ def test_unknown_keys_inside_unions_and_choices_are_found(tmp_path: Path) -> Non
 
 
 def test_a_key_like_nothing_is_answered_with_the_list(tmp_path: Path) -> None:
-    assert mistake(tmp_path, tree(budget__zzz=1)) == "unknown key budget.zzz; known keys here: trials"
+    assert mistake(tmp_path, tree(budget__zzz=1)) == "unknown key budget.zzz; known keys here: accelerator_hours, hours, trials"
 
 
 @pytest.mark.parametrize("section", ["name", "data", "threat", "network", "teacher", "student", "budget"])
@@ -337,7 +337,7 @@ def test_the_same_value_in_other_words_is_the_same_identity(tmp_path: Path) -> N
 
 def test_every_section_is_either_in_the_identity_or_known_to_change_no_result(tmp_path: Path) -> None:
     sections = set(config_of(tmp_path).identity)
-    assert set(SearchConfig.model_fields) - sections == {"budget", "resources", "storage", "tracking"}
+    assert set(SearchConfig.model_fields) - sections == {"budget", "stopping", "resources", "storage", "tracking"}
 
 
 def test_a_configuration_cannot_be_changed_and_survives_its_json(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from optuna.storages import InMemoryStorage
 from ray.tune.search import Searcher
 from studies import closed_form, config_of, open_study, result
 
+from search.asking import Asker, Inline
+from search.budget import Budget
+from search.config import BudgetConfig, ResourcesConfig
 from search.pareto import hypervolume
-from search.records import TrialResult
+from search.records import RungValues, TrialResult
 from search.searcher import StudySearcher, allowed_failures
-from search.study import Study
+from search.study import Assignment, Study
+from search.waiting import RETRY_S, TeacherQueue
 from search.worker import Suggestion
 
 pytestmark = pytest.mark.timeout(30)  # the first test pays for importing Ray
@@ -35,6 +40,9 @@ class Log:
 
     def finished(self, key: str, result: TrialResult) -> None:
         self.events.append(("finished", key))
+
+    def stopped(self, key: str, reason: str) -> None:
+        self.events.append(("stopped", key, reason))
 
     def failed(self, key: str, reason: str) -> None:
         self.events.append(("failed", key, reason))
@@ -60,7 +68,48 @@ def log() -> Log:
     return Log()
 
 
-def nothing_stored(key: str) -> None:
+@dataclass
+class FakeFiles:
+    """Results that trials left behind, and the ends that the driver has written."""
+
+    results: dict[str, TrialResult] = field(default_factory=dict)
+    ends: list[tuple[str, ...]] = field(default_factory=list)
+
+    def result(self, key: str) -> TrialResult | None:
+        return self.results.get(key)
+
+    def end_stopped_verification(self, key: str, result: TrialResult) -> None:
+        self.ends.append(("verification", key, result.reason or ""))
+
+    def end_stopped_training(self, key: str, reason: str) -> None:
+        self.ends.append(("training", key, reason))
+
+    def end_failed(self, key: str, reason: str, *, silent: bool) -> None:
+        self.ends.append(("silent" if silent else "failed", key, reason))
+
+
+@dataclass
+class FakeScheduler:
+    stopped: dict[str, str] = field(default_factory=dict)
+    is_halted: bool = False
+
+    def halt(self) -> None:
+        self.is_halted = True
+
+
+@dataclass
+class FakeTeachers:
+    present: set[str] = field(default_factory=set)
+    holders: dict[str, str] = field(default_factory=dict)
+
+    def has(self, key: str) -> bool:
+        return key in self.present
+
+    def holder(self, key: str) -> str | None:
+        return self.holders.get(key)
+
+
+def no_teacher(assignment: Assignment) -> None:
     return None
 
 
@@ -70,9 +119,24 @@ def searcher_of(
     *,
     target: int = 8,
     slots: int = 2,
-    stored: Callable[[str], TrialResult | None] = nothing_stored,
+    files: FakeFiles | None = None,
+    scheduler: FakeScheduler | None = None,
+    asker: Asker | None = None,
+    teachers: TeacherQueue | None = None,
+    is_only_driver: Callable[[], bool] = lambda: True,
+    **limits: float,
 ) -> StudySearcher:
-    return StudySearcher(study, target, slots, stored, log)
+    return StudySearcher(
+        study,
+        Budget(BudgetConfig(trials=target, **limits), ResourcesConfig(), study.trials),
+        slots,
+        files or FakeFiles(),
+        log,
+        scheduler or FakeScheduler(),
+        asker or Asker(Inline(), ahead=False),
+        teachers or TeacherQueue(no_teacher, FakeTeachers()),
+        is_only_driver,
+    )
 
 
 def complete(told: TrialResult) -> dict[str, Any]:
@@ -117,7 +181,7 @@ def states(study: Study) -> list[str]:
 def test_exactly_so_many_trials_are_run(target: int, slots: int, study: Study, log: Log) -> None:
     most = drive(searcher_of(study, log, target=target, slots=slots), succeed, slots)
     assert most == min(target, slots)
-    assert study.num_complete() == target
+    assert study.num_done() == target
     assert states(study).count("RUNNING") == 0
     assert log.keys("started") == log.keys("finished") == [f"tiny-{number:04d}" for number in range(target)]
 
@@ -183,7 +247,7 @@ def test_a_success_between_two_failures_breaks_the_row(study: Study, log: Log) -
     searcher = searcher_of(study, log, target=3, slots=1)
     drive(searcher, outcome, 1)
     assert searcher.stop_reason is None
-    assert study.num_complete() == 3
+    assert study.num_done() == 3
 
 
 def test_a_different_reason_breaks_the_row(study: Study, log: Log) -> None:
@@ -196,7 +260,7 @@ def test_a_different_reason_breaks_the_row(study: Study, log: Log) -> None:
     searcher = searcher_of(study, log, target=20, slots=1)
     drive(searcher, outcome, 1)
     assert searcher.stop_reason is None
-    assert (study.num_complete(), study.num_failed()) == (20, 5)
+    assert (study.num_done(), study.num_failed()) == (20, 5)
 
 
 @pytest.mark.parametrize(("target", "allowed"), [(1, 3), (8, 3), (15, 3), (16, 4), (20, 5), (100, 25)])
@@ -243,25 +307,25 @@ def test_failures_of_an_earlier_driver_count(study: Study, log: Log) -> None:
 def test_a_dead_worker_is_a_failure_with_a_reason(
     last: dict[str, Any] | None, error: bool, study: Study, log: Log
 ) -> None:
-    searcher = searcher_of(study, log)
+    files = FakeFiles()
+    searcher = searcher_of(study, log, files=files)
     searcher.suggest("tune0")
     searcher.on_trial_complete("tune0", last, error=error)
     (trial,) = [trial for trial in study.record().trials if trial.number == 0]
     assert trial.state == "FAILED"
     assert trial.reason is not None
     assert trial.reason.startswith("worker died")
-    assert searcher.silent_failures == {"tiny-0000": trial.reason}
+    assert files.ends == [("silent", "tiny-0000", trial.reason)]
 
 
 def test_a_worker_that_died_after_its_result_has_finished(study: Study, log: Log) -> None:
-    results = {"tiny-0000": result(0.7, 0.3)}
-    stored: dict[str, TrialResult] = {}
-    searcher = searcher_of(study, log, stored=stored.get)
+    files = FakeFiles()
+    searcher = searcher_of(study, log, files=files)
     searcher.suggest("tune0")
-    stored |= results
+    files.results["tiny-0000"] = result(0.7, 0.3)
     searcher.on_trial_complete("tune0", None, error=True)
     assert study.record().trials[0].objectives == (0.7, 0.3)
-    assert searcher.silent_failures == {}
+    assert files.ends == []
     assert log.keys("finished") == ["tiny-0000"]
 
 
@@ -283,9 +347,9 @@ def test_unfinished_trials_come_first_with_their_keys(tmp_path: Path, study: Stu
 def test_a_stored_result_is_told_without_a_run(tmp_path: Path, study: Study, log: Log) -> None:
     for _ in range(3):
         study.ask()
-    stored = {"tiny-0000": result(0.7, 0.1), "tiny-0002": result(0.8, 0.2)}
+    files = FakeFiles({"tiny-0000": result(0.7, 0.1), "tiny-0002": result(0.8, 0.2)})
     again = open_study(config_of(tmp_path), tmp_path / "study.db")
-    drive(searcher_of(again, log, target=4, stored=stored.get), succeed)
+    drive(searcher_of(again, log, target=4, files=files), succeed)
     record = again.record()
     assert states(again) == ["COMPLETE"] * 4
     assert record.trials[0].objectives == (0.7, 0.1)
@@ -297,7 +361,7 @@ def test_a_stored_result_is_told_without_a_run(tmp_path: Path, study: Study, log
 def test_stored_results_alone_can_finish_a_search(tmp_path: Path, study: Study, log: Log) -> None:
     study.ask()
     again = open_study(config_of(tmp_path), tmp_path / "study.db")
-    searcher = searcher_of(again, log, target=1, stored=lambda key: result())
+    searcher = searcher_of(again, log, target=1, files=FakeFiles({"tiny-0000": result()}))
     assert searcher.suggest("tune0") == Searcher.FINISHED
     assert states(again) == ["COMPLETE", "WAITING"]
     assert log.keys("started") == []
@@ -318,7 +382,7 @@ def test_a_given_up_trial_that_had_finished_keeps_its_result(study: Study, log: 
     study.tell(study.ask().number, result())
     cut_off = study.ask().key
     again = open_study(config_of(tmp_path), tmp_path / "study.db")
-    searcher = StudySearcher(again, 1, 1, lambda key: result() if key == cut_off else None, log)
+    searcher = searcher_of(again, log, target=1, slots=1, files=FakeFiles({cut_off: result()}))
     assert searcher.suggest("tune0") == StudySearcher.FINISHED
     assert states(again) == ["COMPLETE", "COMPLETE"]
 
@@ -337,8 +401,7 @@ def test_a_study_that_cannot_be_written_ends_the_search_and_loses_nothing(
     assert searcher.suggest("tune1") == StudySearcher.FINISHED
     again = open_study(config_of(tmp_path), tmp_path / "study.db")
     assert again.unfinished() == [0]
-    stored = {suggestion.key: result()}
-    searcher = StudySearcher(again, 1, 1, stored.get, log)
+    searcher = searcher_of(again, log, target=1, slots=1, files=FakeFiles({suggestion.key: result()}))
     assert searcher.suggest("tune2") == StudySearcher.FINISHED
     assert states(again) == ["COMPLETE", "WAITING"]
 
@@ -358,7 +421,7 @@ def test_an_end_that_is_told_twice_counts_once(study: Study, log: Log) -> None:
     for _ in range(2):
         searcher.on_trial_complete("tune0", succeed(suggestion))
     searcher.on_trial_complete("never started", succeed(suggestion))
-    assert study.num_complete() == 1
+    assert study.num_done() == 1
 
 
 def test_a_suggestion_is_plain_values_and_comes_back_whole(study: Study, log: Log) -> None:
@@ -379,3 +442,195 @@ def test_pickling_carries_nothing(study: Study, log: Log, tmp_path: Path) -> Non
     assert (tmp_path / "searcher.pkl").read_text() == "the study is the only state\n"
     with pytest.raises(NotImplementedError, match=r"run search\.run again"):
         searcher.restore(str(tmp_path / "searcher.pkl"))
+
+
+# ---- Stopped, cut off, waiting ---------------------------------------------------------------------------------
+
+
+def rung(**values: float) -> dict[str, Any]:
+    return {"state": "RUNG", "rung": "1/9", "values": json.dumps(asdict(RungValues(**values)))}
+
+
+def test_a_stopped_training_is_done_and_its_journal_is_ended(study: Study, log: Log) -> None:
+    files, scheduler = FakeFiles(), FakeScheduler()
+    searcher = searcher_of(study, log, target=2, slots=1, files=files, scheduler=scheduler)
+    searcher.suggest("tune0")
+    scheduler.stopped["tiny-0000"] = "dominated"
+    searcher.on_trial_complete("tune0", rung(standard_accuracy=0.5, certified_accuracy=0.1, seconds=7.0))
+    trial = study.trials()[0]
+    assert (trial.state, trial.reason, trial.seconds) == ("STOPPED", "dominated", 7.0)
+    assert (study.num_done(), study.num_failed()) == (1, 0)
+    assert files.ends == [("training", "tiny-0000", "dominated")]
+    assert log.events[-1] == ("stopped", "tiny-0000", "dominated")
+    drive(searcher, succeed, 1)
+    assert states(study) == ["STOPPED", "COMPLETE"]
+
+
+def test_a_stopped_verification_keeps_its_interval(study: Study, log: Log) -> None:
+    files, scheduler = FakeFiles(), FakeScheduler()
+    searcher = searcher_of(study, log, files=files, scheduler=scheduler)
+    searcher.suggest("tune0")
+    so_far = result(0.8, 0.2, certified_upper=0.5, verification_state="stopped", expected_certified=0.35)
+    scheduler.stopped["tiny-0000"] = "dominated by tiny-0007"
+    searcher.on_trial_complete("tune0", {"state": "VERIFYING", "result": json.dumps(asdict(so_far))})
+    trial = study.trials()[0]
+    assert (trial.state, trial.verification_state) == ("COMPLETE", "stopped")
+    assert (trial.certified_accuracy, trial.certified_upper, trial.expected_certified) == (0.2, 0.5, 0.35)
+    assert trial.reason == "dominated by tiny-0007"
+    assert files.ends == [("verification", "tiny-0000", "dominated by tiny-0007")]
+
+
+def test_a_trial_that_was_cut_off_goes_on_later(tmp_path: Path, study: Study, log: Log) -> None:
+    now = [0.0]
+    scheduler = FakeScheduler()
+    searcher = searcher_of(study, log, scheduler=scheduler, hours=1)
+    searcher._budget._clock = lambda: now[0]
+    searcher._budget._started = 0.0
+    assert isinstance(searcher.suggest("tune0"), dict)
+    now[0] = 3600.0
+    assert searcher.suggest("tune1") is None  # no new trial; the running one is cut off at its next report
+    assert scheduler.is_halted
+    searcher.on_trial_complete("tune0", {"state": "RUNNING", "phase": "student", "step": 1, "steps": 2})
+    assert searcher.suggest("tune1") == StudySearcher.FINISHED
+    assert searcher.budget_reason == "budget.hours is 1: they are over"
+    assert searcher.stop_reason is None
+    assert states(study)[0] == "RUNNING"
+    assert open_study(config_of(tmp_path), tmp_path / "study.db").unfinished() == [0]
+
+
+def test_spent_accelerator_hours_start_nothing_more(study: Study, log: Log) -> None:
+    searcher = searcher_of(study, log, slots=1, accelerator_hours=5 / 3600)
+    drive(searcher, succeed, 1)  # three seconds each
+    assert study.num_done() == 2
+    assert searcher.budget_reason == "budget.accelerator_hours is 0.00138889: they are spent"
+
+
+def test_a_full_disk_pauses_the_search_with_one_line(tmp_path: Path, study: Study, log: Log) -> None:
+    searcher = searcher_of(study, log, slots=1)
+    searcher.suggest("tune0")
+    searcher.on_trial_complete("tune0", {"state": "PAUSED", "reason": "no room is left in /x (0 bytes free)"})
+    assert searcher.suggest("tune1") == StudySearcher.FINISHED
+    assert searcher.stop_reason is not None
+    assert searcher.stop_reason.startswith("no room is left in /x (0 bytes free); the search pauses, nothing is lost")
+    assert open_study(config_of(tmp_path), tmp_path / "study.db").unfinished() == [0]
+
+
+def test_one_trial_trains_a_teacher_and_the_others_wait_for_it_outside_of_tune(study: Study, log: Log) -> None:
+    searcher = searcher_of(study, log, slots=3, teachers=TeacherQueue(lambda _: "one", FakeTeachers()))
+    assert isinstance(searcher.suggest("tune0"), dict)
+    assert searcher.suggest("tune1") is None
+    searcher.on_trial_result("tune0", {"state": "RUNNING", "phase": "teacher", "step": 1, "steps": 2})
+    assert searcher.suggest("tune1") is None
+    searcher.on_trial_result("tune0", {"state": "RUNNING", "phase": "student", "step": 1, "steps": 2})
+    suggestions = [Suggestion.from_config(searcher.suggest(f"tune{n}")) for n in (1, 2)]
+    assert [each.key for each in suggestions] == ["tiny-0001", "tiny-0002"]
+
+
+def test_if_the_trainer_of_a_teacher_fails_the_next_trial_trains_it(study: Study, log: Log) -> None:
+    searcher = searcher_of(study, log, slots=3, teachers=TeacherQueue(lambda _: "one", FakeTeachers()))
+    searcher.suggest("tune0")
+    assert searcher.suggest("tune1") is None
+    searcher.on_trial_complete("tune0", failed("diverged"))
+    assert Suggestion.from_config(searcher.suggest("tune1")).key == "tiny-0001"
+    assert searcher.suggest("tune2") is None
+
+
+def test_a_teacher_of_another_search_is_asked_for_again_later(study: Study, log: Log) -> None:
+    now, store = [0.0], FakeTeachers(holders={"one": "other-0003"})
+    teachers = TeacherQueue(lambda _: "one", store, lambda: now[0])
+    searcher = searcher_of(study, log, target=1, teachers=teachers)
+    searcher.suggest("tune0")
+    searcher.on_trial_complete("tune0", {"state": "WAITING", "teacher": "one"})
+    assert states(study)[0] == "RUNNING"
+    assert searcher.suggest("tune1") is None
+    now[0] = RETRY_S
+    assert searcher.suggest("tune1") is None  # it still does
+    now[0] = 2 * RETRY_S
+    store.holders.clear()  # finished, or dead
+    assert Suggestion.from_config(searcher.suggest("tune1")).key == "tiny-0000"
+
+
+class SlowPool:
+    """Computes when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Future[Any], Callable[..., Any]]] = []
+
+    def submit(self, function: Callable[..., Any], /, *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.asked.append((future, lambda: function(*args)))
+        return future
+
+    def compute(self) -> None:
+        future, function = self.asked.pop(0)
+        future.set_result(function())
+
+    def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
+        pass
+
+
+def test_a_slow_sampler_holds_up_nothing_and_is_asked_ahead(tmp_path: Path, log: Log) -> None:
+    study = open_study(config_of(tmp_path, search__points=[]), tmp_path / "study.db")
+    pool = SlowPool()
+    searcher = searcher_of(study, log, target=3, slots=2, asker=Asker(pool, ahead=True))
+    assert searcher.suggest("tune0") is None  # being computed
+    assert len(pool.asked) == 1
+    pool.compute()
+    assert Suggestion.from_config(searcher.suggest("tune0")).key == "tiny-0000"
+    assert len(pool.asked) == 1  # the next one, while a slot is still free
+    assert searcher.suggest("tune1") is None
+    pool.compute()
+    assert isinstance(searcher.suggest("tune1"), dict)
+    pool.compute()
+    assert searcher.suggest("tune2") is None  # no slot is free
+    searcher.on_trial_complete("tune0", complete(result()))
+    assert Suggestion.from_config(searcher.suggest("tune2")).key == "tiny-0002"
+    assert pool.asked == []  # three trials are all that is wanted
+
+
+def test_a_sampler_that_raises_ends_the_search_and_not_tune(study: Study, log: Log) -> None:
+    class Broken(SlowPool):
+        def submit(self, function: Callable[..., Any], /, *args: Any) -> Future[Any]:
+            raise RuntimeError("no such matrix")
+
+    searcher = searcher_of(study, log, slots=4, asker=Asker(Broken(), ahead=False))
+    ids = ["tune0", "tune1"]  # the two points of the space need no sampler
+    suggestions = [Suggestion.from_config(searcher.suggest(each)) for each in ids]
+    assert searcher.suggest("tune2") is None
+    for trial_id, suggestion in zip(ids, suggestions, strict=True):
+        searcher.on_trial_complete(trial_id, succeed(suggestion))
+    assert searcher.suggest("tune3") == StudySearcher.FINISHED
+    assert searcher.stop_reason == "no trial can be started (RuntimeError: no such matrix); nothing is lost"
+
+
+def test_verifications_go_on_with_what_is_left_of_the_budget(study: Study, log: Log) -> None:
+    searcher = searcher_of(study, log, target=1, slots=1, hours=1)
+    searcher.suggest("tune0")
+    searcher.on_trial_complete("tune0", complete(result(0.9, 0.5, certified_upper=0.7)))
+    resumed = Suggestion.from_config(searcher.suggest("tune1"))
+    assert (resumed.key, resumed.resume) == ("tiny-0000", True)
+    searcher.on_trial_complete("tune1", complete(result(0.9, 0.65, certified_upper=0.66)))
+    (trial, _) = study.trials()
+    assert (trial.certified_accuracy, trial.certified_upper) == (0.65, 0.66)
+    assert searcher.suggest("tune2") == StudySearcher.FINISHED  # each is resumed once
+    assert study.num_done() == 1
+
+
+def test_without_other_limits_the_search_ends_with_its_last_trial(study: Study, log: Log) -> None:
+    searcher = searcher_of(study, log, target=1, slots=1)
+    searcher.suggest("tune0")
+    searcher.on_trial_complete("tune0", complete(result(0.9, 0.5, certified_upper=0.7)))
+    assert searcher.suggest("tune1") == StudySearcher.FINISHED
+
+
+def test_a_driver_that_lost_its_lock_writes_nothing_more(tmp_path: Path, study: Study, log: Log) -> None:
+    held, scheduler = [True], FakeScheduler()
+    searcher = searcher_of(study, log, scheduler=scheduler, is_only_driver=lambda: held[0])
+    suggestion = Suggestion.from_config(searcher.suggest("tune0"))
+    held[0] = False
+    assert searcher.suggest("tune1") is None
+    assert scheduler.is_halted
+    searcher.on_trial_complete("tune0", succeed(suggestion))
+    assert searcher.suggest("tune1") == StudySearcher.FINISHED
+    assert searcher.stop_reason == "the lock on study tiny was lost, and another driver may have it"
+    assert open_study(config_of(tmp_path), tmp_path / "study.db").unfinished() == [0]

@@ -1,12 +1,15 @@
 """Where a search keeps things: whose folder it is, and how many drivers it takes."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from studies import config_of
 
-from search.locks import LockedError
-from search.storage import Storage, StorageError
+from search.locks import LockedError, NoLocksError
+from search.mounts import current_mounts, file_system, network_file_system
+from search.storage import Storage, StorageError, check_local
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
@@ -34,7 +37,8 @@ def test_one_driver_for_a_database_from_whatever_folder(tmp_path: Path, monkeypa
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         storages.append(Storage.of(config, None))
-    with storages[0].only_driver("tiny"):
+    with storages[0].only_driver("tiny") as lock:
+        assert lock.still_held()
         with pytest.raises(LockedError, match="still runs"), storages[1].only_driver("tiny"):
             pass
         with storages[1].only_driver("other"):
@@ -48,3 +52,118 @@ def test_a_tracking_address_that_is_none_is_refused(tmp_path: Path, uri: str) ->
     config = config_of(tmp_path, tracking={"uri": uri})
     with pytest.raises(StorageError, match="expected a server"):
         Storage.of(config, None)
+
+
+def test_a_driver_notices_that_its_lock_file_is_gone(tmp_path: Path) -> None:
+    """The deleted file stays locked, but the next driver would lock a new one of that name."""
+    storage = Storage.of(config_of(tmp_path), str(tmp_path / "runs"))
+    storage.prepare()
+    with storage.only_driver("tiny") as lock:
+        assert lock.still_held()
+        (tmp_path / "runs" / "study.db.tiny.lock").unlink()
+        assert not lock.still_held()
+        with pytest.raises(LockedError), storage.only_driver("tiny"):  # the one beside the artefacts still holds
+            pass
+        assert not lock.still_held()
+
+
+def test_one_database_has_one_lock_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "study.db").touch()
+    (tmp_path / "link.db").symlink_to("study.db")
+    storages = []
+    for name in ("study", "link"):
+        places = {"study": f"sqlite:///{tmp_path}/{name}.db", "artifacts": str(tmp_path / name)}
+        storages.append(Storage.of(config_of(tmp_path, storage=places), None))
+    with storages[0].only_driver("tiny"), pytest.raises(LockedError), storages[1].only_driver("tiny"):
+        pass
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("ccdist.locks.fcntl.flock", no_locks)
+    storage = Storage.of(config_of(tmp_path), str(tmp_path / "runs"))
+    storage.prepare()
+    with pytest.raises(NoLocksError, match=r"cannot be locked \(No locks available\)"), storage.only_driver("tiny"):
+        pass
+
+
+# As /proc/mounts shows it: a container's root, a home directory on NFS with a local disk below it, and more.
+MOUNTS = r"""
+overlay / overlay rw,relatime,lowerdir=/a:/b 0 0
+proc /proc proc rw 0 0
+/dev/sda1 /data ext4 rw 0 0
+server:/home /home nfs4 rw,vers=4.2 0 0
+/dev/nvme0n1 /home/me/scratch xfs rw 0 0
+//server/share /mnt/with\040space cifs rw 0 0
+systemd-1 /auto autofs rw 0 0
+server:/auto /auto nfs rw 0 0
+me@host:/ /mnt/ssh fuse.sshfs rw 0 0
+10.0.0.1@tcp:/fs /lustre lustre rw 0 0
+beegfs_nodev /beegfs beegfs rw 0 0
+mon:6789:/ /ceph ceph rw 0 0
+vol /gluster fuse.glusterfs rw 0 0
+drvfs /mnt/c 9p rw,aname=drvfs 0 0
+host /mnt/shared virtiofs rw 0 0
+/dev/sdb1 /mnt/ntfs fuseblk rw 0 0
+appimage /mnt/app fuse.squashfuse ro 0 0
+server:/old /covered nfs rw 0 0
+/dev/sdc1 /covered ext4 rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/home/me/runs/study.db", "nfs4"),
+        ("/mnt/with space/study.db", "cifs"),
+        ("/auto/study.db", "nfs"),
+        ("/mnt/ssh/study.db", "fuse.sshfs"),
+        ("/lustre/a/b/study.db", "lustre"),
+        ("/beegfs/study.db", "beegfs"),
+        ("/ceph/study.db", "ceph"),
+        ("/gluster/study.db", "fuse.glusterfs"),
+    ],
+)
+def test_sqlite_on_a_network_file_system_is_refused(path: str, kind: str) -> None:
+    found = network_file_system(Path(path), MOUNTS)
+    assert found is not None
+    assert found[1] == kind
+    with pytest.raises(StorageError, match=rf"a network file system \({kind}\).*postgresql://") as caught:
+        check_local(Path(path), MOUNTS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/work/study.db", "overlay"),
+        ("/homes/study.db", "overlay"),  # no part of /home
+        ("/data/study.db", "ext4"),
+        ("/home/me/scratch/study.db", "xfs"),
+        ("/mnt/c/study.db", "9p"),
+        ("/mnt/shared/study.db", "virtiofs"),
+        ("/mnt/ntfs/study.db", "fuseblk"),
+        ("/mnt/app/study.db", "fuse.squashfuse"),
+        ("/covered/study.db", "ext4"),
+    ],
+)
+def test_a_disk_of_the_own_machine_is_taken(path: str, kind: str) -> None:
+    found = file_system(Path(path), MOUNTS)
+    assert found is not None
+    assert found[1] == kind
+    check_local(Path(path), MOUNTS)
+
+
+def test_without_a_table_of_mounts_every_disk_is_taken(tmp_path: Path) -> None:
+    assert network_file_system(tmp_path, "") is None
+    assert network_file_system(tmp_path, "nonsense\n\n") is None
+    assert network_file_system(tmp_path.resolve(), current_mounts()) is None
+
+
+def test_prepare_looks_at_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.storage.current_mounts", lambda: f"server:/ {tmp_path} nfs rw 0 0\n")
+    places = {"study": f"sqlite:///{tmp_path}/study.db", "artifacts": str(tmp_path / "artifacts")}
+    with pytest.raises(StorageError, match=rf"lies on {tmp_path}, a network file system \(nfs\)"):
+        Storage.of(config_of(tmp_path, storage=places), None).prepare()

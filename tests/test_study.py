@@ -1,5 +1,6 @@
 """The study in a real SQLite file: what is stored, what continues it, and what is refused."""
 
+import contextlib
 import json
 import sqlite3
 from pathlib import Path
@@ -7,14 +8,16 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from studies import FINGERPRINT, closed_form, config_of, open_study, result
 
-import search.space
 from search.config import SearchConfig
-from search.records import TrialResult
-from search.space import Space
 from search.database import sqlite_file
-from search.study import Study, StudyError, load_record, make_sampler, stored_record, trial_key
+from search.recipe import derive_seed
+from search.records import RungValues, TrialResult
+from search.sampling import make_sampler
+from search.space import Space
+from search.study import Study, StudyError, load_record, stored_record, trial_key
 
 
 @pytest.fixture
@@ -166,7 +169,7 @@ def test_each_point_is_enqueued_once_also_after_a_kill_between_two(
     call: int, config: SearchConfig, database: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        die_at(patch, optuna.Study, "enqueue_trial", call)
+        die_at(patch, RDBStorage, "create_new_trial", call)
         with pytest.raises(Died):
             open_study(config, database)
     for _ in range(3):
@@ -217,10 +220,17 @@ def test_the_states_of_a_study(config: SearchConfig, database: Path) -> None:
     study = open_study(config, database)
     study.tell(study.ask().number, result())
     study.tell_failed(study.ask().number, "why")
+    study.tell_stopped(study.ask().number, "dominated", 12.5)
     study.ask()
-    raw(database).enqueue_trial({})
-    assert [trial.state for trial in study.record().trials] == ["COMPLETE", "FAILED", "RUNNING", "WAITING"]
-    assert study.unfinished() == [2]
+    study.enqueue(proposal := study.prepare(), proposal.suggest())
+    record = study.record()
+    assert [trial.state for trial in record.trials] == ["COMPLETE", "FAILED", "STOPPED", "RUNNING", "WAITING"]
+    assert (study.unfinished(), study.waiting(), study.num_done(), study.num_failed()) == ([3], [4], 2, 1)
+    assert (record.trials[2].reason, record.trials[2].seconds, record.trials[2].objectives) == ("dominated", 12.5, None)
+    assert [trial.number for trial in record.done] == [0, 2]
+    again = open_study(config, database)
+    assert again.record() == load_record(url_of(database), "tiny") == record
+    assert (again.unfinished(), again.waiting(), again.num_done(), again.num_failed()) == ([3], [4], 2, 1)
 
 
 def test_a_started_trial_is_adopted_with_its_key_and_values(config: SearchConfig, database: Path) -> None:
@@ -235,50 +245,78 @@ def test_a_started_trial_is_adopted_with_its_key_and_values(config: SearchConfig
     assert again.ask().number == 4
 
 
+def older_driver(config: SearchConfig, database: Path) -> optuna.Study:
+    """The study as a driver of the first version left it: points without parameters, trials drawn in many writes."""
+    open_study(config.model_copy(update={"search": config.search.model_copy(update={"points": ()})}), database)
+    study = raw(database)
+    study.set_user_attr("identity", config.identity)
+    for index, point in enumerate(Space(config).points()):
+        study.enqueue_trial(point, user_attrs={"point": index})
+    return study
+
+
+def older_ask(study: optuna.Study, config: SearchConfig, number: int, *, drawn: int) -> dict[str, Any]:
+    """So many parameters of a trial were drawn when that driver was killed."""
+    study.sampler = make_sampler(config.search.sampler, derive_seed(config.search.seed, "sampler", number))
+    trial = study.ask()
+    space, found = Space(config), dict[str, Any]()
+    original = space.suggest
+
+    class Cut:
+        def __getattr__(self, method: str) -> Any:
+            def suggesting(name: str, *args: Any, **kwargs: Any) -> Any:
+                if len(found) == drawn:
+                    raise Died
+                found[name] = getattr(trial, method)(name, *args, **kwargs)
+                return found[name]
+
+            return suggesting
+
+    with contextlib.suppress(Died):
+        original(Cut())
+    return found
+
+
 @pytest.mark.parametrize("drawn", range(4))
-def test_a_trial_cut_off_while_it_was_drawn_keeps_what_was_drawn(
-    drawn: int, config: SearchConfig, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_trial_that_an_older_driver_left_half_drawn_keeps_what_was_drawn(
+    drawn: int, config: SearchConfig, database: Path, tmp_path: Path
 ) -> None:
-    whole = open_study(config, tmp_path / "whole.db")
-    expected = [whole.ask() for _ in range(4)]
-    study = open_study(config, database)
-    for _ in range(3):
-        study.ask()
-    with monkeypatch.context() as patch:
-        die_at(patch, search.space, "_suggest", drawn + 1)
-        with pytest.raises(Died):
-            study.ask()
-    cut = raw(database).trials[3]
-    assert cut.state is optuna.trial.TrialState.RUNNING
-    assert len(cut.params) == drawn
-    adopted = open_study(config, database).adopt(3)
-    assert adopted.number == 3
-    assert adopted.key == "tiny-0003"
-    assert {name: adopted.params[name] for name in cut.params} == cut.params
-    assert set(adopted.params) >= {"loss", "alpha", "warm_up", "steps"}
-    assert raw(database).trials[3].params == adopted.params
+    whole = in_memory(config)
+    expected = [whole.ask() for _ in range(3)]
+    study = older_driver(config, database)
+    older_ask(study, config, 0, drawn=0)
+    older_ask(study, config, 1, drawn=9)
+    kept = older_ask(study, config, 2, drawn=drawn)
+    assert len(kept) == drawn
+    opened = open_study(config, database)
+    adopted = [opened.adopt(number) for number in opened.unfinished()]
+    assert adopted[:2] == expected[:2]  # points, also the one of which nothing was drawn
+    assert (adopted[2].number, adopted[2].key) == (2, "tiny-0002")
+    assert {name: adopted[2].params[name] for name in kept} == kept
+    assert set(adopted[2].params) >= {"loss", "alpha", "warm_up", "steps"}
+    assert raw(database).trials[2].params == adopted[2].params
     if drawn == 0:  # nothing was drawn, so it is the same draw
-        assert adopted == expected[3]
+        assert adopted == expected
+    assert open_study(config, database).record() == opened.record()
 
 
-def test_a_point_cut_off_before_it_was_drawn_is_still_that_point(
-    config: SearchConfig, database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_waiting_point_of_an_older_driver_is_started_with_its_values(config: SearchConfig, database: Path) -> None:
+    older_driver(config, database)
     study = open_study(config, database)
-    with monkeypatch.context() as patch:
-        die_at(patch, search.space, "_suggest", 1)
-        with pytest.raises(Died):
-            study.ask()
-    adopted = open_study(config, database).adopt(0)
-    assert adopted.params == {"loss": "cc_dist", "alpha": 0.5, "beta": 5.0, "warm_up": 0.05, "steps": 2}
+    assert study.waiting() == [0, 1]
+    assert [study.ask() for _ in range(3)] == [(same := in_memory(config)).ask(), same.ask(), same.ask()]
 
 
-def suggestions(config: SearchConfig, database: Path, count: int, *, reopen: bool) -> list[dict[str, Any]]:
-    study = open_study(config, database)
+def in_memory(config: SearchConfig, storage: BaseStorage | None = None) -> Study:
+    return Study.open(config, Space(config), storage or InMemoryStorage(), FINGERPRINT)
+
+
+def suggestions(config: SearchConfig, count: int, *, reopen: bool = False) -> list[dict[str, Any]]:
+    study = in_memory(config, storage := InMemoryStorage())
     found = []
     for _ in range(count):
         if reopen:
-            study = open_study(config, database)
+            study = in_memory(config, storage)
         assignment = study.ask()
         found.append(assignment.params)
         study.tell(assignment.number, closed_form(assignment.params))
@@ -286,53 +324,191 @@ def suggestions(config: SearchConfig, database: Path, count: int, *, reopen: boo
 
 
 def test_random_suggestions_depend_on_seed_and_number_only(config: SearchConfig, tmp_path: Path) -> None:
-    straight = suggestions(config, tmp_path / "a.db", 6, reopen=False)
-    restarted = suggestions(config, tmp_path / "b.db", 6, reopen=True)
-    asked_ahead = open_study(config, tmp_path / "c.db")
-    assert straight == restarted == [asked_ahead.ask().params for _ in range(6)]
+    straight = suggestions(config, 6)
+    restarted = suggestions(config, 6, reopen=True)
+    asked_at_once = in_memory(config)
+    assert straight == restarted == [asked_at_once.ask().params for _ in range(6)]
     assert len({json.dumps(params, sort_keys=True) for params in straight}) == 6
-    other = config_of(tmp_path, search__seed=1)
-    assert suggestions(other, tmp_path / "d.db", 6, reopen=False)[2:] != straight[2:]
+    assert suggestions(config_of(tmp_path, search__seed=1), 6)[2:] != straight[2:]
 
 
-@pytest.mark.timeout(60)  # the first trial of a Gaussian process pays for an import
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        {"kind": "tpe", "startup_trials": 4},
-        {"kind": "nsga2", "population": 4},
-        {"kind": "nsga3", "population": 4},
-        {"kind": "gp", "startup_trials": 4},
-        {"kind": "random"},
-    ],
-    ids=lambda sampler: sampler["kind"],
-)
-def test_every_sampler_goes_past_its_start_up(sampler: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("sampler", [{"kind": "tpe", "startup_trials": 4}, {"kind": "nsga2", "population": 4}])
+def test_a_restart_changes_no_suggestion(sampler: dict[str, Any], tmp_path: Path) -> None:
     config = config_of(tmp_path, search__sampler=sampler, search__floors={"standard_accuracy": 0.6})
+    assert suggestions(config, 12) == suggestions(config, 12, reopen=True)
+
+
+def test_genetic_samplers_evolve_through_the_database(tmp_path: Path) -> None:
+    config = config_of(tmp_path, search__sampler={"kind": "nsga2", "population": 4})
     study = open_study(config, tmp_path / "study.db")
-    for number in range(7):
+    for number in range(10):
+        if number == 6:
+            study = open_study(config, tmp_path / "study.db")
         assignment = study.ask()
-        ahead = study.ask() if number == 5 else None  # another one runs
-        study.space.recipe(assignment.params, assignment.number)
         study.tell(assignment.number, closed_form(assignment.params))
-        if ahead is not None:
-            study.tell_failed(ahead.number, "why")
-    record = study.record()
-    assert len(record.complete) == 7
-    assert len({trial.params["alpha"] for trial in record.trials}) > 4  # children may have a parent's value
-    assert len({trial.seed for trial in record.trials}) == 8
-    # An adopted trial goes through the same sampler.
-    running = study.ask()
-    assert open_study(config, tmp_path / "study.db").adopt(running.number) == running
+    stored = [trial.system_attrs["NSGAIISampler:generation"] for trial in raw(tmp_path / "study.db").trials]
+    assert stored == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]  # the two points belong to the first generation
 
 
 def test_a_model_suggests_what_pays(tmp_path: Path) -> None:
     """Most of the trials of TPE, after its start, are above the median of random ones."""
     config = config_of(tmp_path, search__sampler="tpe", search__points=[])
-    found = suggestions(config, tmp_path / "study.db", 30, reopen=False)
-    late = [closed_form(params).standard_accuracy + closed_form(params).certified_accuracy for params in found[10:]]
-    early = [closed_form(params).standard_accuracy + closed_form(params).certified_accuracy for params in found[:10]]
-    assert sum(late) / 20 > sum(early) / 10
+    found = [closed_form(params) for params in suggestions(config, 30)]
+    sums = [result.standard_accuracy + result.certified_accuracy for result in found]
+    assert sum(sums[10:]) / 20 > sum(sums[:10]) / 10
+
+
+# ---- asked ahead ---------------------------------------------------------------------------------------------------
+
+
+def test_a_trial_asked_ahead_is_used_first_after_a_restart(config: SearchConfig, database: Path) -> None:
+    study = open_study(config, database)
+    proposal = study.prepare()
+    assert study.enqueue(proposal, proposal.suggest()) == 2
+    assert study.enqueue(proposal, proposal.suggest()) is None  # its number is taken
+    again = open_study(config, database)
+    assert again.waiting() == [0, 1, 2]
+    started = [again.ask() for _ in range(4)]
+    assert [assignment.number for assignment in started] == [0, 1, 2, 3]
+    assert [assignment.params for assignment in started] == suggestions(config, 4)
+    assert started[2] == again.assignment(2)
+
+
+def test_a_trial_starts_once(config: SearchConfig, database: Path) -> None:
+    study, other = open_study(config, database), open_study(config, database)
+    study.start(0)
+    other.start(1)
+    other.tell(1, result())
+    for number in (0, 1):
+        with pytest.raises(StudyError, match=r"trial tiny-000\d was started already; only one search may run a study"):
+            (other if number == 0 else study).start(number)
+
+
+def test_trials_of_another_program_are_noticed(config: SearchConfig, database: Path) -> None:
+    study = open_study(config, database)
+    raw(database).enqueue_trial({})
+    study.ask(), study.ask()
+    with pytest.raises(StudyError, match="study tiny got trials from another program while this search runs"):
+        study.ask()
+    again = open_study(config, database)
+    assert [again.adopt(number).number for number in again.unfinished()] == [0, 1, 3]
+    assert again.ask().number == 2  # completed like any point
+
+
+def test_the_database_is_read_only_when_it_is_opened(
+    config: SearchConfig, database: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(config, database)
+    for method in ("get_all_trials", "get_study_user_attrs"):
+        die_at(monkeypatch, RDBStorage, method, 1)
+    for _ in range(3):
+        assignment = study.ask()
+        study.note_rung(assignment.number, "a", RungValues(0.5, 0.2, 1.0))
+        study.tell(assignment.number, closed_form(assignment.params))
+    assert len(study.record().complete) == 3
+    assert study.trials() == study.record().trials
+
+
+# ---- rungs, ends, and what a kill leaves ---------------------------------------------------------------------------
+
+
+def test_rungs_are_stored_once_and_in_order(config: SearchConfig, database: Path) -> None:
+    study = open_study(config, database)
+    number = study.ask().number
+    for name, certified in [("z", 0.1), ("a", 0.2), ("z", 0.3)]:
+        study.note_rung(number, name, RungValues(0.5, certified, 2.0))
+    expected = [("z", RungValues(0.5, 0.1, 2.0)), ("a", RungValues(0.5, 0.2, 2.0))]
+    for reader in (study, open_study(config, database)):
+        assert list(reader.trials()[number].rungs.items()) == expected
+    study.tell_stopped(number, "dominated", 3.0)
+    study.note_rung(number, "later", RungValues(0.5, 0.1, 2.0))
+    assert [name for name, _ in expected] == list(open_study(config, database).trials()[number].rungs)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_stored_and_leaves_no_trial_running(wrong: float, config: SearchConfig) -> None:
+    study = in_memory(config)
+    numbers = [study.ask().number for _ in range(4)]
+    with pytest.raises(ValueError, match=r"trial tiny-0000, rung a: certified_accuracy is .*; a rung holds finite"):
+        study.note_rung(numbers[0], "a", RungValues(0.5, wrong, 1.0))
+    study.tell(numbers[0], result(expected_certified=wrong))
+    study.tell(numbers[1], result(costs={"teacher": wrong}))
+    study.tell_stopped(numbers[2], "dominated", wrong)
+    study.tell(numbers[3], result())
+    with pytest.raises(ValueError, match="tiny-0003: expected_certified is"):
+        study.refine(numbers[3], result(expected_certified=wrong))
+    reasons = [trial.reason for trial in study.trials()[:3]]
+    assert reasons == [
+        f"not finite: expected_certified is {wrong}",
+        f"not finite: costs is {wrong}",
+        f"not finite: stopped after {wrong} s",
+    ]
+    assert (study.num_failed(), study.unfinished()) == (3, [])
+    assert str(wrong) not in str([trial.rungs for trial in study.trials()])
+
+
+def test_the_first_end_of_a_trial_stays(config: SearchConfig, database: Path) -> None:
+    study = open_study(config, database)
+    for number, tell in enumerate([lambda n: study.tell(n, result()), lambda n: study.tell_stopped(n, "why", 1.0)]):
+        study.ask()
+        tell(number)
+        first = study.trials()[number]
+        study.tell(number, result(0.1, 0.1))
+        study.tell_stopped(number, "again", 2.0)
+        study.tell_failed(number, "again", given_up=True)
+        assert study.trials()[number] == first
+    assert open_study(config, database).record() == study.record()
+
+
+ENDS = {
+    "tell": lambda study, number: study.tell(number, result(verification_state="stopped", reason="dominated")),
+    "tell_stopped": lambda study, number: study.tell_stopped(number, "dominated", 4.0),
+    "tell_failed": lambda study, number: study.tell_failed(number, "why", given_up=True),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_that_was_cut_off_is_told_again(end: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill before every single write, and after the last one whose answer never came."""
+    config = config_of(tmp_path, search__floors={"standard_accuracy": 0.6}, search__points=[])
+    study = in_memory(config, storage := InMemoryStorage())
+    writes = ("set_trial_user_attr", "set_trial_system_attr", "set_trial_state_values")
+    counts = {"tell": (1, 1, 1), "tell_stopped": (1, 0, 1), "tell_failed": (3, 0, 1)}[end]
+    for method, count in zip(writes, counts, strict=True):
+        for call in range(1, count + 1):
+            number = study.ask().number
+            with monkeypatch.context() as patch:
+                die_at(patch, InMemoryStorage, method, call)
+                with pytest.raises(Died):
+                    ENDS[end](study, number)
+            assert number in study.unfinished()
+            ENDS[end](study, number)
+            assert number not in study.unfinished()
+            assert in_memory(config, storage).record() == study.record()
+    number = study.ask().number
+    other = in_memory(config, storage)
+    ENDS[end](other, number)
+    ENDS[end](study, number)
+    assert study.record() == other.record()
+
+
+def test_a_resumed_verification_narrows_what_the_record_shows(config: SearchConfig, database: Path) -> None:
+    study = open_study(config, database)
+    number = study.ask().number
+    with pytest.raises(ValueError, match="trial tiny-0000 is RUNNING; only a COMPLETE one has a result to refine"):
+        study.refine(number, result())
+    first = result(0.8, 0.4, certified_upper=0.7, verification_state="stopped", expected_certified=0.55)
+    study.tell(number, first)
+    better = result(0.8, 0.5, certified_upper=0.6, seconds=9.0)
+    study.refine(number, better)
+    study.refine(number, first)  # an older one again, from a driver that died
+    for record in (study.record(), open_study(config, database).record(), load_record(url_of(database), "tiny")):
+        (trial,) = record.complete
+        assert (trial.certified_accuracy, trial.certified_upper, trial.expected_certified) == (0.5, 0.6, None)
+        assert (trial.verification_state, trial.seconds) == ("finished", 9.0)
+    stored = raw(database).trials[0]
+    assert stored.values == [0.8, 0.55]  # what was told stays
+    assert stored.user_attrs["result"]["certified_upper"] == 0.7
 
 
 def test_floors_are_constraints(tmp_path: Path) -> None:
@@ -430,8 +606,13 @@ def test_a_samplers_seed_zero_is_a_seed(config: SearchConfig) -> None:
     assert drawn[0] == drawn[1]
 
 
-def test_asking_is_independent_of_what_else_runs(config: SearchConfig, tmp_path: Path) -> None:
-    """Two drivers cannot be: but two studies of one configuration in one process do not disturb each other."""
-    first, second = (Study.open(config, Space(config), url_of(tmp_path / f"{x}.db"), FINGERPRINT) for x in "ab")
-    pairs = [(first.ask(), second.ask()) for _ in range(5)]
-    assert all(a == b for a, b in pairs)
+def test_a_repetition_has_a_seed_of_its_own(tmp_path: Path) -> None:
+    config = config_of(tmp_path, search__seeds=2)
+    study = in_memory(config)
+    for _ in range(11):
+        assignment = study.ask()
+        study.tell(assignment.number, closed_form(assignment.params))
+    original = next(trial for trial in study.trials()[:10] if trial.configuration == study.trials()[10].configuration)
+    assert original.params == study.trials()[10].params
+    assert original.seed != study.trials()[10].seed
+    assert study.ask().configuration not in {trial.configuration for trial in study.trials()[:11]}

@@ -201,6 +201,14 @@ def read_rows(path: Path, offset: int = 0) -> tuple[list[Line], int]:
     return lines, offset
 
 
+def read_line(text: bytes) -> Row | None:
+    """The row on a line, or None if there is none on it."""
+    try:
+        return _ROW.validate_json(text)
+    except ValidationError:
+        return None
+
+
 def end_dead_trials(journals: Path, live_keys: set[str] | frozenset[str]) -> list[str]:
     """Write the missing last word of trials that nobody works on: KILLED.
 

@@ -77,8 +77,7 @@ def local_store(directory: Path) -> tuple[str, str]:
 
 def experiment_ids(uri: str) -> list[str]:
     """The experiments that something was logged to; not the empty one that every store is born with."""
-    prepare_environment()
-    found = _open_client(uri).search_experiments()
+    found = open_client(uri).search_experiments()
     return [experiment.experiment_id for experiment in found if experiment.name != "Default"]
 
 
@@ -94,8 +93,7 @@ class MlflowTracker:
     """
 
     def __init__(self, uri: str, artifact_root: str | None) -> None:
-        prepare_environment()
-        self._client = _open_client(uri)
+        self._client = open_client(uri)
         self._uri = uri
         self._artifact_root = artifact_root
         self._lock = threading.RLock()
@@ -302,7 +300,9 @@ class MlflowTracker:
             self._copy(run_id, Path(shutil.copyfile(path, Path(directory) / file_name)), folder)
 
 
-def _open_client(uri: str) -> "MlflowClient":
+def open_client(uri: str) -> "MlflowClient":
+    """A client of a server or a database; the database is made or brought up to date here."""
+    prepare_environment()
     with warnings.catch_warnings():
         # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates; nobody here can act on it.
         warnings.simplefilter("ignore", DeprecationWarning)

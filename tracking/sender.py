@@ -94,13 +94,13 @@ class Delivery:
 
     def _offset(self, path: Path) -> int:
         if path.name not in self._offsets:
-            self._offsets[path.name] = _read_offset(_sent_path(path))
+            self._offsets[path.name] = _read_offset(sent_path(path))
         if self._offsets[path.name] > path.stat().st_size:
             self._offsets[path.name] = 0  # another journal has taken this name: it starts anew
         return self._offsets[path.name]
 
     def _accepted(self, path: Path, offset: int) -> None:
-        replace_text(_sent_path(path), str(offset))
+        replace_text(sent_path(path), str(offset))
         self._offsets[path.name] = offset
 
     def _send_journal(self, path: Path) -> None:
@@ -248,13 +248,14 @@ class Sender:
         return f"python -m tracking.replay {study.parents[1]} --study {study.name} sends them later"
 
 
-def forget_sent(journals: Path) -> None:
-    """Forget what was sent, so that everything is sent again, for example to another server."""
-    for path in journals.glob("*.jsonl.sent"):
+def forget_sent(journals: Path, name: str = "*") -> None:
+    """Forget what was sent, so that it is sent again, for example to another server; `name`: of one journal only."""
+    for path in journals.glob(f"{name}.jsonl.sent"):
         path.unlink()
 
 
-def _sent_path(path: Path) -> Path:
+def sent_path(path: Path) -> Path:
+    """The file that says up to which byte a journal was sent."""
     return path.with_name(path.name + ".sent")
 
 

@@ -1,0 +1,143 @@
+"""python -m benchmarks.real_search --out DIR: the same search with and without stopping, on Fashion-MNIST.
+
+Two studies of one space, seed and machine: hypervolume against core-seconds, as a table and as a figure. The studies
+are real ones under DIR: the same command goes on with them, `search.front` shows them.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from benchmarks.machine import machine_lines
+from search.pareto import front, hypervolume_trace
+from search.records import StudyRecord
+from search.study import load_record
+
+SPACE = "fashion_mnist"
+SETTINGS = (
+    "network.width=8",
+    "data.train_images=4000",
+    "data.validation_images=400",
+    "student.epochs=18",
+    "verification.rungs=[pgd,ibp,crown,alpha_crown,branch_and_bound]",
+    "verification.branch_and_bound.timeout_s=3",
+    "tracking.enabled=false",
+)
+ARMS = {"without stopping": ("stopping=false",), "with stopping": ()}
+COLOURS = {"without stopping": "#8C8C8C", "with stopping": "#0072B2"}
+SHARES = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Hypervolume after so many core-seconds, a step for each trial that ended."""
+
+    seconds: NDArray[np.float64]
+    area: NDArray[np.float64]
+
+    def at(self, seconds: float) -> float:
+        done = int(np.searchsorted(self.seconds, seconds, side="right"))
+        return float(self.area[done - 1]) if done else 0.0
+
+    def seconds_to(self, area: float) -> float:
+        reached = np.flatnonzero(self.area >= area)
+        return float(self.seconds[reached[0]]) if len(reached) else float("inf")
+
+
+def folder_of(out: Path, arm: str, seed: int) -> Path:
+    return out / f"{arm.replace(' ', '-')}-{seed}"
+
+
+def search_command(out: Path, arm: str, seed: int, trials: int) -> list[str]:
+    settings = [*SETTINGS, *ARMS[arm], f"search.seed={seed}"]
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    storage = str(folder_of(out, arm, seed))
+    return [sys.executable, "-m", "search.run", SPACE, "--storage", storage, "--trials", str(trials), *flags]
+
+
+def stored(out: Path, arm: str, seed: int) -> StudyRecord:
+    name = SPACE if seed == 0 else f"{SPACE}-seed{seed}"
+    return load_record(f"sqlite:///{folder_of(out, arm, seed) / 'study.db'}", name)
+
+
+def curve_of(record: StudyRecord) -> Curve:
+    """Trials in the order in which they ended; stopped ones cost and add nothing."""
+    done = sorted(record.done, key=lambda trial: (trial.finished_at or 0.0, trial.number))
+    seconds = np.cumsum([trial.seconds or 0.0 for trial in done])
+    # A trial without objectives stands where it adds nothing.
+    points = [record.reference if trial.objectives is None else trial.objectives for trial in done]
+    return Curve(seconds, hypervolume_trace(points, record.reference))
+
+
+def table_lines(records: dict[str, StudyRecord]) -> list[str]:
+    """One row for each arm: trials, cost, front, and the hypervolume at shares of the dearer arm's seconds."""
+    curves = {arm: curve_of(record) for arm, record in records.items()}
+    whole = max(curve.seconds[-1] for curve in curves.values())
+    final = curves["without stopping"].area[-1]
+    lines = [
+        "| search | trials | stopped in training / in verification | core-seconds | front | "
+        + " | ".join(f"hypervolume at {share:.0%}" for share in SHARES)
+        + " | core-seconds to the final hypervolume without stopping |",
+        "|---" * (6 + len(SHARES)) + "|",
+    ]
+    for arm, record in records.items():
+        curve = curves[arm]
+        halted = sum(trial.state == "STOPPED" for trial in record.done)
+        cut = sum(trial.verification_state == "stopped" for trial in record.complete)
+        points = [trial.objectives for trial in record.complete if trial.objectives is not None]
+        areas = " | ".join(f"{curve.at(share * whole):.4f}" for share in SHARES)
+        lines.append(
+            f"| {arm} | {len(record.done)} | {halted} / {cut} | {curve.seconds[-1]:.0f} | "
+            f"{len(front(points))} | {areas} | "
+            f"{curve.seconds_to(final):.0f} |"
+        )
+    return lines
+
+
+def draw(records: dict[str, StudyRecord], path: Path) -> None:
+    """The curves as a PNG."""
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for arm, record in records.items():
+        curve = curve_of(record)
+        label = f"{arm}: {len(record.done)} trials"
+        axes.step(np.append(0, curve.seconds), np.append(0, curve.area), where="post", color=COLOURS[arm], label=label)
+        axes.plot(curve.seconds[-1], curve.area[-1], "o", color=COLOURS[arm])
+    record = next(iter(records.values()))
+    axes.set_xlabel("core-seconds spent on trials")
+    axes.set_ylabel(f"hypervolume above ({record.reference[0]:g}, {record.reference[1]:g})")
+    axes.set_title(f"{record.dataset}, {record.threat}, {record.num_images} validation images", fontsize=10)
+    axes.grid(color="#E4E7EB")
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.real_search", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--seeds", type=int, default=1, help="searches of each kind")
+    parser.add_argument("--figure", type=Path, help="where the first seed's curves are drawn")
+    options = parser.parse_args(arguments)
+    print("\n".join(machine_lines()))
+    for seed in range(options.seeds):
+        for arm in ARMS:
+            subprocess.run(search_command(options.out, arm, seed, options.trials), check=True)
+        records = {arm: stored(options.out, arm, seed) for arm in ARMS}
+        print(f"\nseed {seed}\n" + "\n".join(table_lines(records)))
+        if options.figure is not None and seed == 0:
+            draw(records, options.figure)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""When a search ends: counted from the study, so that a continued search goes on where the last one was."""
+
+import time
+from collections.abc import Callable, Iterable
+
+from search.config import BudgetConfig, ResourcesConfig
+from search.records import TrialRecord
+
+SECONDS_PER_HOUR = 3600.0
+
+
+def accelerator_hours(trials: Iterable[TrialRecord], resources: ResourcesConfig) -> float:
+    """Hours of all trials, each times its share of GPUs; without GPUs, times its cores.
+
+    A trial that has not finished counts what it had spent when it last reached a rung.
+    """
+    return sum(map(_seconds, trials)) / SECONDS_PER_HOUR * (resources.gpu or resources.cpu)
+
+
+def _seconds(trial: TrialRecord) -> float:
+    if trial.seconds is not None:
+        return trial.seconds
+    return max((values.seconds for values in trial.rungs.values()), default=0.0)
+
+
+class Budget:
+    """The limits of one search command.
+
+    Args:
+        trials: the study's trials as they are now.
+        clock: seconds that only grow.
+    """
+
+    def __init__(
+        self,
+        limits: BudgetConfig,
+        resources: ResourcesConfig,
+        trials: Callable[[], Iterable[TrialRecord]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.target = limits.trials
+        self._limits, self._resources, self._trials, self._clock = limits, resources, trials, clock
+        self._started = clock()
+
+    @property
+    def is_open_ended(self) -> bool:
+        """Whether something besides the number of trials limits the search, so that budget may be left after them."""
+        return self._limits.hours is not None or self._limits.accelerator_hours is not None
+
+    def spent(self) -> str | None:
+        """Why nothing may start any more, or None."""
+        limit = self._limits.accelerator_hours
+        if limit is not None and accelerator_hours(self._trials(), self._resources) >= limit:
+            return f"budget.accelerator_hours is {limit:g}: they are spent"
+        return self.expired()
+
+    def expired(self) -> str | None:
+        """Why what runs is to be cut off now, or None."""
+        limit = self._limits.hours
+        if limit is not None and self._clock() - self._started >= limit * SECONDS_PER_HOUR:
+            return f"budget.hours is {limit:g}: they are over"
+        return None

@@ -1,0 +1,213 @@
+"""What a search would do, what it would cost, and what it would store: `search.run --dry-run`. Writes nothing."""
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from rich.console import Console
+
+from ccdist.data import Dataset, ImageSet, num_batches, to_pixels
+from ccdist.networks import Network
+from ccdist.recipe import Recipe
+from ccdist.training import train_student, train_teacher
+from ccdist.verification import verify
+from search.budget import SECONDS_PER_HOUR, accelerator_hours
+from search.config import ResourcesConfig, SearchConfig
+from search.records import StudyRecord
+from search.space import Space
+from search.storage import Storage
+
+# Batches of an epoch that is measured, and images of a verification: a few seconds on a laptop.
+PROBE_BATCHES, PROBE_IMAGES = 3, 32
+BYTES_PER_WEIGHT = 4
+# Adam keeps two numbers for each weight beside the weight itself and its copy in the student's folder.
+STATE_COPIES = 3
+# A verdict row as Parquet, a trial's journal and its rows in the two databases, as seen in finished searches.
+BYTES_PER_VERDICT, BYTES_PER_TRIAL = 12, 60_000
+COSTS = ("student", "verification")
+
+
+@dataclass(frozen=True)
+class TrialCost:
+    """Seconds of one trial on one of the slots, and where the number comes from."""
+
+    teacher: float  # paid once for each teacher recipe
+    student: float
+    verification: float
+    weights: int  # numbers in one network
+    source: str
+
+    @property
+    def seconds(self) -> float:
+        return self.student + self.verification
+
+
+def measured_cost(config: SearchConfig, space: Space, dataset: Dataset, record: StudyRecord | None) -> TrialCost:
+    """What a trial costs: the mean of the study's finished ones, else a few batches of the first point, timed here."""
+    recipe = space.recipe(_typical(space), 0)
+    torch.set_num_threads(max(1, int(config.resources.cpu)))  # as a trial has
+    device = torch.device("cuda" if config.resources.gpu and torch.cuda.is_available() else "cpu")
+    part = _part(dataset, recipe)
+    seconds, network = _timed_students(part, recipe, device)
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    finished = _finished_costs(record)
+    if finished:
+        means = {part: sum(costs.get(part, 0.0) for costs in finished) / len(finished) for part in COSTS}
+        teacher = max(costs.get("teacher", 0.0) for costs in finished)
+        source = f"the study's {len(finished)} finished trials"
+        return TrialCost(teacher, means["student"], means["verification"], weights, source)
+    batches = num_batches(len(dataset.train), recipe.student.batch_size)
+    images = to_pixels(dataset.validation.images[:PROBE_IMAGES]).to(device)
+    started = time.perf_counter()
+    verify(network, images, dataset.validation.labels[:PROBE_IMAGES], recipe.verification)
+    verification = (time.perf_counter() - started) / len(images) * len(dataset.validation)
+    teacher = _timed_teacher(part, recipe, device) if recipe.needs_teacher else 0.0
+    return TrialCost(
+        teacher * num_batches(len(dataset.train), recipe.teacher.batch_size) * recipe.teacher.epochs,
+        seconds * batches * recipe.student.epochs,
+        verification,
+        weights,
+        f"{PROBE_BATCHES} batches and {len(images)} images on this machine",
+    )
+
+
+def show_plan(
+    config: SearchConfig, space: Space, storage: Storage, dataset: Dataset, record: StudyRecord | None, console: Console
+) -> None:
+    """Print the plan."""
+    cost = measured_cost(config, space, dataset, record)
+    for line in plan_lines(config, space, storage, dataset, record, cost, slots_here(config.resources)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def plan_lines(
+    config: SearchConfig,
+    space: Space,
+    storage: Storage,
+    dataset: Dataset,
+    record: StudyRecord | None,
+    cost: TrialCost,
+    slots: int,
+) -> Iterator[str]:
+    """The plan as text, one fact a line."""
+    done = len(record.done) if record else 0
+    left = max(0, config.budget.trials - done)
+    state = f"{done} of {config.budget.trials} trials done" if record else "new"
+    yield f"study {config.study_name} ({state}) in {storage.artifacts}; nothing is started or written"
+    yield (
+        f"{config.data.name}: {len(dataset.train):,} training and {len(dataset.validation):,} validation images; "
+        f"threat {config.threat}"
+    )
+    yield "searched:"
+    for name, parameter in space.parameters.items():
+        yield f"  {name}: {_range(parameter.distribution)}"
+    stops = {"training": config.stopping.training != "off", "verification": config.stopping.verification}
+    yield (
+        f"sampler {config.search.sampler.kind}, seed {config.search.seed}, {len(config.search.points)} points first; "
+        f"stopped early: {' and '.join(kind for kind, on in stops.items() if on) or 'nothing'}"
+    )
+    yield (
+        f"one trial: {_duration(cost.student)} student, {_duration(cost.verification)} verification; a teacher: "
+        f"{_duration(cost.teacher)}, once for each recipe (from {cost.source})"
+    )
+    teachers = _num_teachers(space, left)
+    seconds = left * cost.seconds + teachers * cost.teacher
+    unit = "GPU" if config.resources.gpu else "core"
+    yield (
+        f"{left} trials to run, {slots} at once on this machine: about {_duration(seconds / slots)}, "
+        f"{seconds / SECONDS_PER_HOUR * (config.resources.gpu or config.resources.cpu):.2g} {unit}-hours, "
+        "less what stopping early saves"
+    )
+    if record is not None and config.budget.accelerator_hours is not None:
+        spent = accelerator_hours(record.trials, config.resources)
+        yield f"accelerator-hours spent: {spent:.3g} of {config.budget.accelerator_hours:g}"
+    finished = left * (cost.weights * BYTES_PER_WEIGHT + len(dataset.validation) * BYTES_PER_VERDICT + BYTES_PER_TRIAL)
+    running = slots * cost.weights * BYTES_PER_WEIGHT * STATE_COPIES
+    yield f"disk: about {_size(finished)} in the end, and {_size(running)} while trials run"
+
+
+def slots_here(resources: ResourcesConfig) -> int:
+    """Trials at once on this machine, at least one."""
+    slots = math.floor((os.cpu_count() or 1) / resources.cpu + 1e-9)
+    if resources.gpu:
+        gpus = torch.cuda.device_count()
+        per_gpu = math.floor(1 / resources.gpu + 1e-9) if resources.gpu <= 1 else 1
+        slots = min(slots, gpus * per_gpu if resources.gpu <= 1 else gpus // int(resources.gpu))
+    if resources.concurrency != "auto":
+        slots = min(slots, resources.concurrency)
+    return max(1, slots)
+
+
+def _finished_costs(record: StudyRecord | None) -> list[dict[str, float]]:
+    complete = record.complete if record else ()
+    return [trial.costs for trial in complete if trial.verification_state == "finished"]
+
+
+def _num_teachers(space: Space, trials: int) -> int:
+    """One, unless something that a teacher depends on is searched."""
+    searched = any(parameter.path[0] in ("teacher", "network") for parameter in space.parameters.values())
+    return trials if searched else min(trials, 1)
+
+
+def _typical(space: Space) -> dict[str, Any]:
+    """The first point that says enough for a trial, else a corner."""
+    points = [point for point in space.points() if point]
+    corners = list(space.corners())
+    return {**corners[0], **points[0]} if points and set(corners[0]) <= set(points[0]) else corners[0]
+
+
+def _part(dataset: Dataset, recipe: Recipe) -> Dataset:
+    count = min(len(dataset.train), PROBE_BATCHES * max(recipe.student.batch_size, recipe.teacher.batch_size))
+    return replace(dataset, train=ImageSet(dataset.train.images[:count], dataset.train.labels[:count]))
+
+
+def _timed_students(part: Dataset, recipe: Recipe, device: torch.device) -> tuple[float, Network]:
+    """Seconds of a batch at the target epsilon, and a network as the search would train them."""
+    schedule = recipe.student.epsilon_schedule.model_copy(update={"warm_up": 0.0, "ramp": 0.0})
+    config = recipe.student.model_copy(update={"epochs": 2, "epsilon_schedule": schedule})
+    teacher = None
+    if recipe.needs_teacher:
+        short = recipe.teacher.model_copy(update={"epochs": 1})
+        teacher = train_teacher(part, recipe.threat, short, device=device).network
+    epochs: list[float] = []
+    result = train_student(
+        part, recipe.threat, config, teacher, device=device, on_epoch=lambda report: epochs.append(report.seconds)
+    )
+    return _per_batch(epochs, part, config.batch_size), result.network
+
+
+def _timed_teacher(part: Dataset, recipe: Recipe, device: torch.device) -> float:
+    epochs: list[float] = []
+    config = recipe.teacher.model_copy(update={"epochs": 2})
+    train_teacher(part, recipe.threat, config, device=device, on_epoch=lambda report: epochs.append(report.seconds))
+    return _per_batch(epochs, part, config.batch_size)
+
+
+def _per_batch(epochs: Sequence[float], part: Dataset, batch_size: int) -> float:
+    """Of the last epoch: the first one pays for warming up."""
+    return epochs[-1] / num_batches(len(part.train), batch_size)
+
+
+def _range(distribution: BaseDistribution) -> str:
+    match distribution:
+        case FloatDistribution(low=low, high=high, log=log) | IntDistribution(low=low, high=high, log=log):
+            whole = "whole numbers, " if isinstance(distribution, IntDistribution) else ""
+            return f"{whole}{low:g} to {high:g}{', logarithmic' if log else ''}"
+        case CategoricalDistribution(choices=choices):
+            return f"one of {', '.join(map(str, choices))}"
+    raise AssertionError(distribution)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / SECONDS_PER_HOUR:.1f} h"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"

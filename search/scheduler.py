@@ -1,0 +1,97 @@
+"""Ray Tune's TrialScheduler over the study: asks the rules of `search.stopping` at every report.
+
+It decides from the study alone, so one that is made anew after a restart goes on where the last one was.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from search.config import SearchConfig
+from search.records import RungValues, TrialRecord, TrialResult
+from search.standings import Standings
+from search.stopping import judge_rung, judge_verification
+
+
+class JudgedStudy(Protocol):
+    """What the scheduler needs of `search.study.Study`."""
+
+    @property
+    def config(self) -> SearchConfig: ...
+    def trials(self) -> Sequence[TrialRecord]: ...
+    def note_rung(self, number: int, rung: str, values: RungValues) -> None: ...
+
+
+class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
+    """Starts trials in the order in which they come, and stops those that the rules stop.
+
+    Args:
+        study: the truth; values at rungs are written to it before they are judged.
+        margin: as for `search.stopping.judge_rung`; None: no trial is spared for what it may hope for.
+
+    Attributes:
+        stopped: why a trial was stopped at its last report, by its key; the searcher tells the study.
+        is_halted: every trial is stopped at its next report, without being judged the worse for it.
+        error: the last failure to judge or to write, in one line; the trial went on.
+    """
+
+    # A stop must come between a report and the work after it, so reports are not to be collected.
+    _supports_buffered_results = False
+
+    def __init__(self, study: JudgedStudy, *, margin: float | None = 1.0) -> None:
+        super().__init__()
+        self._study, self._margin = study, margin
+        self._standings = Standings()
+        self.stopped: dict[str, str] = {}
+        self.is_halted = False
+        self.error: str | None = None
+
+    def halt(self) -> None:
+        """The time is over: what runs ends at its next report and goes on when the search does."""
+        self.is_halted = True
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Judge a report. Tune lets what is raised here end all trials, so nothing is."""
+        key = result.get("key")
+        # Tune repeats the last report with `done` when a worker has returned: there is nothing left to stop.
+        if isinstance(key, str) and result.get("state") in ("RUNG", "VERIFYING") and not result.get("done"):
+            try:
+                reason = self._judge(key, result)
+            except Exception as failure:
+                text = " ".join(str(failure).split())
+                self.error = f"trial {key} could not be judged ({type(failure).__name__}: {text}); it goes on"
+                reason = None
+            if reason is not None:
+                self.stopped[key] = reason
+                return str(TrialScheduler.STOP)
+            self.stopped.pop(key, None)  # of a trial that was stopped, then put back and started again
+        return str(TrialScheduler.STOP if self.is_halted else TrialScheduler.CONTINUE)
+
+    def _judge(self, key: str, result: dict[str, Any]) -> str | None:
+        self._standings.update(self._study.trials())
+        number = self._standings.number_of(key)
+        if number is None or self._standings.record(number).state != "RUNNING":
+            return None
+        config = self._study.config
+        if result["state"] == "VERIFYING":
+            if not config.stopping.verification:
+                return None
+            known = TrialResult(**json.loads(result["result"]))
+            return judge_verification(number, known, self._standings, seeds=config.search.seeds)
+        rung, values = result["rung"], RungValues(**json.loads(result["values"]))
+        self._study.note_rung(number, rung, values)
+        if config.stopping.training == "off":
+            return None
+        self._standings.update(self._study.trials())
+        return judge_rung(
+            number, rung, self._standings, config.stopping, config.search.hypervolume_reference, margin=self._margin
+        )
+
+    def debug_string(self) -> str:
+        return f"{len(self.stopped)} trials stopped"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its scheduler with the experiment; database handles and credentials stay out of that."""
+        return {}

@@ -1,0 +1,116 @@
+"""A PostgreSQL server of the tests' own: one for the session, a database for each test."""
+
+import ctypes
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+import pytest
+
+PASSWORD = "p@ss/word"
+START_S = 30.0
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """A running server whose only user is postgres."""
+
+    port: int
+
+    def url(self, database: str, *, password: str = "p%40ss%2Fword") -> str:
+        """As a user writes it: without a driver; signs with a meaning in URLs are escaped."""
+        return f"postgresql://postgres:{password}@127.0.0.1:{self.port}/{database}"
+
+    def execute(self, statement: str) -> list[tuple[object, ...]]:
+        place = f"host=127.0.0.1 port={self.port} user=postgres dbname=postgres"
+        with psycopg.connect(place, password=PASSWORD, autocommit=True) as connection:
+            cursor = connection.execute(statement)  # type: ignore[arg-type]
+            return cursor.fetchall() if cursor.description else []
+
+
+def programs() -> Path | None:
+    """The folder of initdb and postgres; Debian keeps them out of the path, by version."""
+    found = shutil.which("postgres")
+    places = (
+        [Path(found).resolve().parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    )
+    return next((place for place in places if all((place / name).exists() for name in ("initdb", "postgres"))), None)
+
+
+def _user() -> str | None:
+    """Whom the server runs as, if not as this user: it refuses root."""
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    return None if os.geteuid() else "postgres" if "postgres" in names else "nobody"
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    place = programs()
+    if place is None:
+        pytest.skip("no PostgreSQL server is installed (initdb and postgres): apt-get install postgresql")
+    user = _user()
+    with tempfile.TemporaryDirectory(prefix="ccdist-postgres-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        password = folder / "password"
+        password.write_text(PASSWORD)
+        for path in (folder, password) if user else ():
+            shutil.chown(path, user)
+        data = folder / "data"
+        access = ["--username=postgres", "--auth=scram-sha-256", f"--pwfile={password}", "--no-sync", "--no-locale"]
+        initdb = [place / "initdb", f"--pgdata={data}", "--encoding=UTF8", *access]
+        subprocess.run(initdb, user=user, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = {"fsync": "off", "shared_buffers": "16MB", "unix_socket_directories": folder, "port": port}
+        options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
+        with (folder / "log").open("w") as log:
+            process = subprocess.Popen(
+                [place / "postgres", "-D", data, *options],
+                user=user,
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_end_with_parent,
+            )
+        try:
+            server = PostgresServer(port)
+            _wait(server, process, folder / "log")
+            yield server
+        finally:
+            process.send_signal(signal.SIGQUIT)  # its data is thrown away: no orderly end is needed
+            process.wait(START_S)
+
+
+def _end_with_parent() -> None:
+    """Let the system end this process when the tests are killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGQUIT)  # PR_SET_PDEATHSIG
+
+
+def _wait(server: PostgresServer, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    until = time.monotonic() + START_S
+    while True:
+        try:
+            server.execute("SELECT 1")
+            return
+        except psycopg.OperationalError:
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(f"the server did not start: {log.read_text()}") from None
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer, request: pytest.FixtureRequest) -> str:
+    """An empty database named after the test."""
+    name = request.node.name[:50].lower()
+    postgres_server.execute(f'CREATE DATABASE "{name}"')
+    return postgres_server.url(name)

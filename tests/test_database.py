@@ -1,0 +1,181 @@
+"""The study's database: a real PostgreSQL server, what SQLite promises, and what is said when neither works."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import sqlalchemy
+from studies import FINGERPRINT, config_of, empty_database, result
+
+from search import doctor
+from search.database import StudyError, open_storage, postgres_url, without_password
+from search.driver_lock import lock_number
+from search.locks import LockedError
+from search.space import Space
+from search.storage import Storage
+from search.study import Study, load_record
+
+if TYPE_CHECKING:  # pytest imports it as a plugin
+    from postgres_server import PostgresServer
+
+pytest_plugins = ("postgres_server",)
+pytestmark = pytest.mark.timeout(30)  # the server's first start
+
+# A driver without a search: it holds the lock until it is killed.
+HOLDER = """
+import signal, sys
+from search.driver_lock import study_lock
+with study_lock(sys.argv[1], sys.argv[2]):
+    print("held", flush=True)
+    signal.pause()
+"""
+
+
+def storage_at(folder: Path, url: str) -> Storage:
+    """The storage of a driver on a machine of its own: the database is all that drivers share."""
+    folder.mkdir(exist_ok=True)
+    places = {"study": url, "artifacts": str(folder / "artifacts")}
+    return Storage.of(config_of(folder, storage=places), None)
+
+
+def test_a_study_in_postgres(tmp_path: Path, postgres_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(tmp_path)
+    study = Study.open(config, Space(config), postgres_url, FINGERPRINT)
+    first, second = study.ask(), study.ask()
+    study.tell(first.number, result(0.75, 0.5))
+    study.tell_failed(second.number, "no luck")
+    third = study.ask()
+    record = load_record(postgres_url, "tiny")  # another connection, as another machine has one
+    assert [trial.state for trial in record.trials] == ["COMPLETE", "FAILED", "RUNNING"]
+    assert record.trials[0].objectives == (0.75, 0.5)
+    assert record.trials[1].reason == "no luck"
+    assert record.trials[2].params == third.params
+    again = Study.open(config, Space(config), postgres_url, FINGERPRINT)
+    assert again.adopt(third.number) == third
+    assert again.identifier == study.identifier
+    assert doctor.main(["tiny", "--study-url", postgres_url, "--storage", str(tmp_path), "--no-mlflow"]) == doctor.LEFT
+    assert "broken    tiny-0000: student is missing" in capsys.readouterr().out
+
+
+def test_a_second_driver_is_refused_until_the_first_is_dead(tmp_path: Path, postgres_url: str) -> None:
+    storage = storage_at(tmp_path / "here", postgres_url)
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, postgres_url, "tiny"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        who = rf"search pid {holder.pid} on {re.escape(socket.gethostname())} \(127\.0\.0\.1\) since \d{{4}}-.* UTC"
+        refusal = rf"study tiny in .* is held by {who}: that search still runs"
+        with pytest.raises(LockedError, match=refusal) as caught, storage.only_driver("tiny"):
+            pass
+        assert "word" not in str(caught.value)
+        with storage.only_driver("other") as lock:  # a lock for each study
+            assert lock.still_held()
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    died = time.monotonic()
+    while True:
+        try:
+            with storage.only_driver("tiny") as lock:
+                assert lock.still_held()
+                break
+        except LockedError:
+            assert time.monotonic() < died + 2
+    with storage.only_driver("tiny"):  # given back at the end
+        pass
+
+
+def test_a_driver_notices_that_its_lock_is_lost(
+    tmp_path: Path, postgres_url: str, postgres_server: "PostgresServer"
+) -> None:
+    here, there = (storage_at(tmp_path / name, postgres_url) for name in ("here", "there"))
+    with here.only_driver("tiny") as lock:
+        assert lock.still_held()
+        ours = f"application_name LIKE 'search pid {os.getpid()} on %'"
+        assert postgres_server.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {ours}")
+        with there.only_driver("tiny") as successor:
+            assert not lock.still_held()
+            assert successor.still_held()
+        assert not lock.still_held()  # nobody has it now, but somebody may have had it
+
+
+def test_the_number_of_a_lock_does_not_change_between_versions() -> None:
+    """Two versions of this program on one study must exclude each other."""
+    assert lock_number("tiny") == lock_number("tiny") != lock_number("Tiny")
+    assert lock_number("tiny") == -3326061220835640171
+
+
+@pytest.mark.parametrize(
+    ("case", "told"),
+    [
+        ("password", "refuses the user or the password; correct the URL"),
+        ("database", "does not exist on that server; make it with createdb"),
+        ("port", r"cannot be reached \(Connection refused\); start the server"),
+        ("driver", r"install the postgres extra: pip install 'ccdist-search\[postgres\]'"),
+    ],
+)
+def test_what_is_wrong_with_a_server_is_told_in_one_line(
+    case: str, told: str, tmp_path: Path, postgres_server: "PostgresServer", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = {
+        "password": postgres_server.url("postgres", password="wrong"),
+        "database": postgres_server.url("nothing"),
+        "port": replace(postgres_server, port=1).url("postgres"),
+        "driver": postgres_server.url("postgres"),
+    }[case]
+    if case == "driver":
+        monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(StudyError, match=told) as opened:
+        open_storage(url)
+    with pytest.raises(StudyError, match=told) as locked, storage_at(tmp_path, url).only_driver("tiny"):
+        pass
+    for caught in (opened, locked):
+        assert "\n" not in str(caught.value)
+        assert "wrong" not in str(caught.value)
+        assert "ss%2Fword" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["mysql://host/db", "sqlite://", "study.db", "postgresql://"])
+def test_other_addresses_are_refused_in_one_line(url: str) -> None:
+    with pytest.raises(StudyError, match="study database") as caught:
+        open_storage(url)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_commit_to_sqlite_is_on_the_disk(tmp_path: Path) -> None:
+    """A trial that a power loss takes out of the study would leave its folder to the next one of its number."""
+    (tmp_path / "study.db").write_bytes(empty_database())
+    storage = open_storage(f"sqlite:///{tmp_path}/study.db")
+    with storage.engine.connect() as connection:
+        pragmas = {name: connection.execute(sqlalchemy.text(f"PRAGMA {name}")).scalar() for name in PRAGMAS}
+    assert pragmas == PRAGMAS
+
+
+PRAGMAS = {"journal_mode": "wal", "synchronous": 2}
+
+
+def test_a_url_names_the_installed_driver_unless_it_names_one() -> None:
+    assert postgres_url("postgresql://h/d") == postgres_url("postgres://h/d") == "postgresql+psycopg://h/d"
+    assert postgres_url("postgresql+pg8000://h/d") == "postgresql+pg8000://h/d"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("at postgresql://me:secret@h/d now", "at postgresql://me:***@h/d now"),
+        ("postgresql://me:a@b/c@h/d", "postgresql://me:***@h/d"),
+        ("postgresql://h/d?user=me&password=secret&x=1", "postgresql://h/d?user=me&password=***&x=1"),
+        ("postgresql://h/d?sslpassword=secret", "postgresql://h/d?sslpassword=***"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+    ],
+)
+def test_passwords_are_hidden(text: str, shown: str) -> None:
+    assert without_password(text) == shown
