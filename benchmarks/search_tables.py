@@ -89,11 +89,12 @@ def table(found: Mapping[str, Sequence[Found]], baseline: str) -> list[str]:
     for name, values in curves.items():
         columns = [round(share * STEPS) for share in SHARES]
         shown = [f"{values[:, c].mean():.4f} ± {values[:, c].std(ddof=min(1, len(values) - 1)):.4f}" for c in columns]
+        ours = curves[baseline][: len(values)]
         ratios = [
-            "" if name == baseline else str(bootstrap(ratio_of_means, curves[baseline][:, [c]], values[:, [c]]))
-            for c in columns
+            "" if name == baseline else str(bootstrap(ratio_of_means, ours[:, [c]], values[:, [c]])) for c in columns
         ]
-        lines.append(_row([name, *shown, *ratios, _trials(found[name])]))
+        label = name if len(values) == len(curves[baseline]) else f"{name} ({len(values)} seeds)"
+        lines.append(_row([label, *shown, *ratios, _trials(found[name])]))
     lines += ["", f"Mean ± standard deviation over {len(found[baseline])} seeds; ratios of means [95 % interval]."]
     asha = [name for name in curves if name.startswith("asha")]
     if asha:

@@ -46,7 +46,9 @@ def test_table_names_the_best_asha_and_what_is_never_reached() -> None:
     def found(value: float) -> list[Found]:
         return [Found([value * share for share in GRID], {"COMPLETE": 3}, 1.0, 2.0) for _ in range(3)]
 
-    lines = table({"ours": found(1), "random": found(2), "asha-a": found(1), "asha-b": found(4)}, "ours")
+    every = {"ours": found(1), "random": found(2), "asha-a": found(1), "asha-b": found(4), "gp": found(1)[:2]}
+    lines = table(every, "ours")
+    assert "| gp (2 seeds) |" in lines[6]
     assert "| random | 0.5000 ± 0.0000 | 1.0000 ± 0.0000 | 2.0000 ± 0.0000 |" in lines[3]
     assert "| 0.500 [0.500, 0.500] | 3 complete |" in lines[3]
     assert "Best ASHA at the end: asha-b." in lines
@@ -97,12 +99,14 @@ def test_rivals_differ_in_sampler_and_stopping_alone(curves: Path) -> None:
     assert problem.config(variant("narrow:keep=0.2"), 3).stopping.keep == 0.2
 
 
+@pytest.mark.timeout(30)
 def test_budget_pays_for_whole_trials_on_full_accelerators(curves: Path) -> None:
     problem = Problem("curves", str(curves), "even")
     hardware = Hardware(gpus=2, share=0.25, crowding=0.1)
     assert budget_s(problem, hardware, 40) == pytest.approx(40 * mean_cost_s(problem) * 0.25 * 1.3)
 
 
+@pytest.mark.timeout(30)
 def test_benchmark_goes_on_where_it_was(curves: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "table.md"
     words = ["--curves", str(curves), "--seeds", "2", "--jobs", "1", "--budget-trials", "6", "--gpus", "1"]
@@ -123,6 +127,7 @@ def test_benchmark_goes_on_where_it_was(curves: Path, tmp_path: Path, capsys: py
     assert parts[1].is_file()
 
 
+@pytest.mark.timeout(30)
 def test_recorded_trials_are_searched_by_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_recorded(tmp_path / "trials.parquet")
     words = ["--recorded", str(file), "--seeds", "1", "--jobs", "1", "--budget-trials", "5", "--rivals", "random"]

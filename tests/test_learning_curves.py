@@ -75,6 +75,7 @@ def test_a_committed_verification_narrows_to_the_final_accuracies() -> None:
         assert (images - mine[-1]["falsified"]) / images == run["certified_upper"]
 
 
+@pytest.mark.timeout(20)  # three small trainings: 2 s on an idle core, near the limit on a busy one
 def test_a_measurement_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measured, collected = tmp_path / "measured", tmp_path / "collected"
     command = ["--out", str(measured), "--runs", "2", "--space", "digits", "--set", *TINY]

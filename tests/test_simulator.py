@@ -219,6 +219,7 @@ def test_error_of_predictions() -> None:
     assert error == ("x", pytest.approx(0.0), pytest.approx(2 / 3), pytest.approx(0.5), 3)
 
 
+@pytest.mark.timeout(30)
 def test_recorded_trials_become_a_workload(tmp_path: Path) -> None:
     (table,) = read_tables(write_recorded(tmp_path / "trials.parquet"))
     workload = RecordedWorkload(table)
@@ -264,6 +265,7 @@ def test_curves_are_split_by_parity(curves: Path) -> None:
     assert [run.number for run in read_curves(curves).runs] == list(range(32))
 
 
+@pytest.mark.timeout(30)
 def test_curves_become_a_workload(curves: Path) -> None:
     workload = CurveWorkload.of(curves)
     for measured_standard, measured_certified, standard, certified in workload.agreements().values():
