@@ -17,18 +17,18 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import pareto
 from search.config import NSGA2Config, NSGA3Config, RandomConfig, SamplerConfig
-from search.records import OBJECTIVES, RungValues, TrialRecord
+from search.records import OBJECTIVES, TrialRecord
 from search.space import Space
 
-# constraint: COMPLETE with extrapolated values that violate a constraint; pruned: Optuna's PRUNED, without values,
-# which TPE counts among the bad ones; nothing: left out.
-TellStopped = Literal["constraint", "pruned", "nothing"]
-TELL_STOPPED: TellStopped = "constraint"
+# values: COMPLETE with the values that are expected of it; constraint: the same, violating a constraint; pruned:
+# Optuna's PRUNED, without values, which TPE counts among the bad ones; nothing: left out.
+TellStopped = Literal["values", "constraint", "pruned", "nothing"]
+TELL_STOPPED: TellStopped = "values"
 
 STOPPED = "stopped"  # the constraint's name
 # Told trials in a view: the time of a suggestion grows with them, and a Gaussian process takes a second with 200.
 VIEW_SIZES = {"tpe": 250, "gp": 200}
-EXTRAPOLATED_FROM = 200  # finished trials, the most recent
+EXPECTED_FROM = 200  # finished trials, the most recent
 
 GENERATION = ":generation"  # how Optuna's genetic samplers end the name under which a trial keeps its generation
 NOTES = "sampler_notes"  # what a sampler noted on the study while it suggested this trial
@@ -71,43 +71,81 @@ def floor_constraints(floors: Mapping[str, float], worst: Point) -> dict[str, fl
 # ---- what is told of a trial ---------------------------------------------------------------------------------------
 
 
-def told_values(trial: TrialRecord) -> Point:
-    """The objectives of a COMPLETE trial as the sampler is told them."""
-    assert trial.standard_accuracy is not None
-    assert trial.certified_accuracy is not None
-    expected = trial.expected_certified
-    return trial.standard_accuracy, trial.certified_accuracy if expected is None else expected
+class Expectations:
+    """What finished trials let one expect of those that were stopped.
 
+    A trial whose training was stopped is expected at
 
-def extrapolated(stopped: Sequence[TrialRecord], finished: Sequence[TrialRecord]) -> list[Point]:
-    """What stopped trials would have reached, within [0, 1].
+        values at its last rung + mean over finished trials that reached that rung of (result - values there)
 
-        values at its last rung + mean over the finished trials that reached that rung of (told - values there)
+    within [0, 1]; with no such finished trial the mean is 0. A trial whose verification was stopped has its standard
+    accuracy, and its certified accuracy is expected where its rungs say, within its interval; without rungs at
 
-    With no finished trial that reached it the mean is 0.
+        upper end * sum of certified accuracies of finished trials / sum of their adversarial accuracies
+
+    for what attacks leave open is mostly proved in the end. `TrialResult.expected_certified` knows
+    one trial only: stopped right after an attack it is 0, since no image was proved yet.
+
+    Args:
+        trials: by number; the latest of those that are verified to the end count.
     """
-    shifts: dict[str, Point] = {}
-    for rung in {_last_rung(trial)[0] for trial in stopped}:
-        changes = np.array([_change(trial, rung) for trial in finished if rung in trial.rungs]).reshape(-1, 2)
-        shift = changes.mean(axis=0) if len(changes) else np.zeros(2)
-        shifts[rung] = float(shift[0]), float(shift[1])
-    reached = [_last_rung(trial) for trial in stopped]
-    return [
-        (
-            min(1.0, max(0.0, values.standard_accuracy + shifts[rung][0])),
-            min(1.0, max(0.0, values.certified_accuracy + shifts[rung][1])),
-        )
-        for rung, values in reached
-    ]
+
+    def __init__(self, trials: Sequence[TrialRecord]) -> None:
+        verified = (trial for trial in reversed(trials) if trial.objectives and trial.verification_state != "stopped")
+        self._finished = list(itertools.islice(verified, EXPECTED_FROM))
+        self._shifts: dict[str, Point | None] = {}
+
+    def of(self, trial: TrialRecord) -> Point:
+        """The objectives of a COMPLETE trial, or of a STOPPED one with a rung, as the sampler is told them."""
+        if trial.objectives is None:
+            standard, certified = self._from_rung(trial) or _last_values(trial)
+            return standard, certified
+        standard, lower = trial.objectives
+        upper = trial.certified_upper
+        if trial.verification_state != "stopped" or upper is None:
+            return standard, lower
+        rung = self._from_rung(trial) if trial.rungs else None
+        if rung is not None:
+            expected = rung[1]
+        elif self._finished:
+            expected = upper * self._proved_share()
+        else:
+            expected = lower if trial.expected_certified is None else trial.expected_certified
+        return standard, min(upper, max(lower, expected))
+
+    def _from_rung(self, trial: TrialRecord) -> Point | None:
+        """Where the trial's last rung leads; None: no finished trial has reached it."""
+        rung = next(reversed(trial.rungs))
+        if rung not in self._shifts:
+            self._shifts[rung] = self._shift(rung)
+        shift = self._shifts[rung]
+        if shift is None:
+            return None
+        standard, certified = _last_values(trial)
+        return min(1.0, max(0.0, standard + shift[0])), min(1.0, max(0.0, certified + shift[1]))
+
+    def _shift(self, rung: str) -> Point | None:
+        changes = np.array([_change(trial, rung) for trial in self._finished if rung in trial.rungs])
+        if not len(changes):
+            return None
+        shift = changes.mean(axis=0)
+        return float(shift[0]), float(shift[1])
+
+    def _proved_share(self) -> float:
+        attacked = sum(trial.adversarial_accuracy or 0.0 for trial in self._finished)
+        proved = sum(trial.certified_accuracy or 0.0 for trial in self._finished)
+        return min(1.0, proved / attacked) if attacked else 0.0
 
 
-def _last_rung(trial: TrialRecord) -> tuple[str, RungValues]:
-    return next(reversed(trial.rungs.items()))
+def _last_values(trial: TrialRecord) -> Point:
+    values = next(reversed(trial.rungs.values()))
+    return values.standard_accuracy, values.certified_accuracy
 
 
 def _change(trial: TrialRecord, rung: str) -> Point:
-    told, values = told_values(trial), trial.rungs[rung]
-    return told[0] - values.standard_accuracy, told[1] - values.certified_accuracy
+    assert trial.objectives is not None
+    values = trial.rungs[rung]
+    return trial.objectives[0] - values.standard_accuracy, trial.objectives[1] - values.certified_accuracy
 
 
 def frozen_trials(
@@ -121,22 +159,19 @@ def frozen_trials(
 
     A Gaussian process wants equally many constraints in every COMPLETE trial, so `stopped` is in all of them or none.
     """
-    stopped = [trial for trial in shown if trial.state == "STOPPED" and trial.rungs]
-    told: dict[int, Point] = {}
-    if stopped and tell_stopped == "constraint":
-        finished = (trial for trial in reversed(history.trials) if trial.rungs and trial.objectives is not None)
-        points = extrapolated(stopped, list(itertools.islice(finished, EXTRAPOLATED_FROM)))
-        told = {trial.number: point for trial, point in zip(stopped, points, strict=True)}
+    expected = Expectations(history.trials)
+    stopped = any(trial.state == "STOPPED" and trial.rungs for trial in shown) and tell_stopped == "constraint"
     for trial in shown:
         own = {key: value for key, value in history.attributes.get(trial.number, {}).items() if key != NOTES}
         if trial.state in ("RUNNING", "WAITING"):
             yield _PastTrial(trial, space, TrialState.RUNNING, own)
         elif trial.objectives is not None:
-            constraints = floor_constraints(floors, trial.objectives) | ({STOPPED: 0.0} if told else {})
-            yield _PastTrial(trial, space, TrialState.COMPLETE, own, told_values(trial), constraints)
-        elif trial.number in told:
-            constraints = floor_constraints(floors, told[trial.number]) | {STOPPED: 1.0}
-            yield _PastTrial(trial, space, TrialState.COMPLETE, own, told[trial.number], constraints)
+            constraints = floor_constraints(floors, trial.objectives) | ({STOPPED: 0.0} if stopped else {})
+            yield _PastTrial(trial, space, TrialState.COMPLETE, own, expected.of(trial), constraints)
+        elif trial.rungs and tell_stopped in ("constraint", "values"):
+            point = expected.of(trial)
+            constraints = floor_constraints(floors, point) | ({STOPPED: 1.0} if stopped else {})
+            yield _PastTrial(trial, space, TrialState.COMPLETE, own, point, constraints)
         elif tell_stopped == "pruned":
             yield _PastTrial(trial, space, TrialState.PRUNED, own)
 
@@ -202,7 +237,8 @@ def thinned(told: Sequence[TrialRecord], floors: Mapping[str, float], size: int)
     complete = [trial for trial in told if trial.state == "COMPLETE"]
     feasible = [trial for trial in complete if _is_feasible(trial, floors)] if floors else complete
     # Straight into an array: thousands of pairs kept at once set off Python's garbage collector.
-    values = np.fromiter(itertools.chain.from_iterable(map(told_values, feasible)), np.float64, 2 * len(feasible))
+    points = (trial.objectives or (0.0, 0.0) for trial in feasible)
+    values = np.fromiter(itertools.chain.from_iterable(points), np.float64, 2 * len(feasible))
     layers = pareto.layers(values.reshape(-1, 2))
     ranked = np.lexsort((-np.arange(len(feasible)), layers))  # by layer, then the most recent first
     kept = {feasible[index].number for index in ranked[: size // 2].tolist()}

@@ -32,7 +32,7 @@ class Witnesses(NamedTuple):
     rung: NDArray[np.float64]  # shape [N, 2]
     worst: NDArray[np.float64]  # shape [N, 2]
     best: NDArray[np.float64]  # shape [N, 2]
-    told: NDArray[np.float64]  # shape [N, 2], undecided images by their expectation
+    final: NDArray[np.float64]  # shape [N, 2], certified accuracy absent (NaN) where the verification was stopped
 
 
 class Standings:
@@ -46,7 +46,7 @@ class Standings:
         self._records: dict[int, TrialRecord] = {}
         self._numbers: dict[str, int] = {}  # by key
         self._runs: dict[str, set[int]] = {}  # by configuration
-        self._ends = np.full((0, 3, 2), _ABSENT)  # by number: worst, best, told
+        self._ends = np.full((0, 3, 2), _ABSENT)  # by number: worst, best, final
         self._rungs: dict[str, NDArray[np.float64]] = {}  # by name, then number
         self.update(trials)
 
@@ -88,8 +88,8 @@ class Standings:
         """The latest COMPLETE trials with values at a rung."""
         numbers, values = self.at_rung(rung)
         latest = np.flatnonzero(~np.isnan(self._ends[numbers, 0, 0]))[-WITNESSES:]
-        worst, best, told = self._ends[numbers[latest]].transpose(1, 0, 2)
-        return Witnesses(values[latest], worst, best, told)
+        worst, best, final = self._ends[numbers[latest]].transpose(1, 0, 2)
+        return Witnesses(values[latest], worst, best, final)
 
     def _follow(self, record: TrialRecord) -> None:
         number = record.number
@@ -107,14 +107,14 @@ class Standings:
 
 
 def _ends(record: TrialRecord) -> tuple[tuple[float, float], ...] | None:
-    """Worst corner, best corner and told values of a COMPLETE trial."""
+    """Worst corner, best corner and result of a COMPLETE trial."""
     if record.objectives is None:
         return None
     standard, lower = record.objectives
     upper = lower if record.certified_upper is None else record.certified_upper
-    told = lower if record.expected_certified is None else record.expected_certified
-    _check_finite(record, "its result", (standard, lower, upper, told))
-    return (standard, lower), (standard, upper), (standard, told)
+    _check_finite(record, "its result", (standard, lower, upper))
+    final = _ABSENT if record.verification_state == "stopped" else lower
+    return (standard, lower), (standard, upper), (standard, final)
 
 
 def _rungs(record: TrialRecord) -> dict[str, tuple[float, float]]:

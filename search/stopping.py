@@ -192,14 +192,15 @@ def agreement(witnesses: Witnesses) -> float | None:
 def hoped(values: NDArray[np.float64], witnesses: Witnesses, margin: float) -> NDArray[np.float64] | None:
     """The result that a trial may hope for, shape [2]: what it has at the rung, and what others gained from there on.
 
-        values + mean(gain) + margin * standard deviation(gain),  gain = told result - values at the rung
+        values + mean(gain) + margin * standard deviation(gain),  gain = result - values at the rung
 
     Returns:
-        None with fewer than `MIN_WITNESSES` trials.
+        None with fewer than `MIN_WITNESSES` trials that were verified to the end.
     """
-    if len(witnesses.rung) < MIN_WITNESSES:
+    gains = witnesses.final - witnesses.rung
+    gains = gains[~np.isnan(gains[:, 1])]
+    if len(gains) < MIN_WITNESSES:
         return None
-    gains = witnesses.told - witnesses.rung
     result: NDArray[np.float64] = values + gains.mean(axis=0) + margin * gains.std(axis=0, ddof=1)
     return result
 

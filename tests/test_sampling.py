@@ -18,7 +18,7 @@ from search.proposal import DRAWS, Proposal, repetition
 from search.recipe import derive_seed
 from search.records import RungValues, TrialRecord
 from search.sampling import DIRECTIONS, Suggested, make_sampler, suggest
-from search.sampling_view import VIEW_SIZES, History, extrapolated, frozen_trials, shown_trials, thinned
+from search.sampling_view import VIEW_SIZES, Expectations, History, frozen_trials, shown_trials, thinned
 from search.space import Space
 
 FLOORS = {"standard_accuracy": 0.6, "certified_accuracy": 0.3}
@@ -143,7 +143,7 @@ def test_what_is_told_of_a_stopped_trial(config: SearchConfig) -> None:
     params = [Space(config).points()[0] | {"beta": 1.0 + number} for number in range(5)]
     finished = [
         record(0, standard=0.7, certified=0.5, rungs=rungs(a=(0.5, 0.4)), params=params[0]),
-        record(1, standard=0.6, certified=0.1, expected_certified=0.3, rungs=rungs(a=(0.5, 0.2)), params=params[1]),
+        record(1, standard=0.6, certified=0.3, rungs=rungs(a=(0.5, 0.2)), params=params[1]),
         record(2, standard=0.9, certified=0.9, params=params[2]),
     ]
     stopped = record(3, "STOPPED", rungs=rungs(z=(0.9, 0.9), a=(0.4, 0.3)), params=params[3])
@@ -156,10 +156,13 @@ def test_what_is_told_of_a_stopped_trial(config: SearchConfig) -> None:
     seen = view("constraint")
     assert [trial.state for trial in seen] == [TrialState.COMPLETE] * 4 + [TrialState.RUNNING]
     assert seen[1].values == [0.6, 0.3]
-    assert seen[1].constraints == pytest.approx({"standard_accuracy": 0, "certified_accuracy": 0.2, "stopped": 0})
+    assert seen[1].constraints == pytest.approx({"standard_accuracy": 0, "certified_accuracy": 0, "stopped": 0})
     assert seen[3].values == pytest.approx([0.55, 0.4])
     assert seen[3].constraints == pytest.approx({"standard_accuracy": 0.05, "certified_accuracy": -0.1, "stopped": 1})
     assert [set(trial.constraints) for trial in view("constraint", {})[:4]] == [{"stopped"}] * 4
+    seen = view("values")
+    assert seen[3].values == pytest.approx([0.55, 0.4])
+    assert seen[3].constraints == pytest.approx({"standard_accuracy": 0.05, "certified_accuracy": -0.1})
     seen = view("pruned")
     assert [trial.number for trial in seen] == [1, 2, 3, 4, 5]
     assert (seen[3].state, seen[3].values, seen[3].intermediate_values) == (TrialState.PRUNED, None, {})
@@ -177,16 +180,33 @@ def test_every_sampler_takes_stopped_trials(sampler: dict[str, Any], tmp_path: P
         history = told(space, history, suggest(RandomConfig(), number, history, space, floors={}), state)
     stopped = [record(n, "STOPPED", params=history.trials[n].params, rungs=rungs(a=(0.5, 0.2))) for n in (5, 6)]
     history = History((*history.trials[:5], *stopped, *history.trials[7:]))
-    for tell_stopped in ("constraint",) if sampler["kind"] == "gp" else ("constraint", "pruned", "nothing"):
+    for tell_stopped in (
+        ("values", "constraint") if sampler["kind"] == "gp" else ("values", "constraint", "pruned", "nothing")
+    ):
         suggest(config.search.sampler, 7, history, space, floors=FLOORS, tell_stopped=tell_stopped)
 
 
-def test_extrapolation_stays_within_fractions_and_needs_no_finished_trial() -> None:
-    stopped = [record(0, "STOPPED", rungs=rungs(a=(0.9, 0.1)))]
-    assert extrapolated(stopped, []) == [(0.9, 0.1)]
-    changed = [record(1, standard=0.9, certified=0.1, rungs=rungs(a=(0.4, 0.6)))]
-    assert extrapolated(stopped, changed) == [(1.0, 0.0)]
-    assert extrapolated(stopped, [record(2, rungs=rungs(b=(0.1, 0.1)))]) == [(0.9, 0.1)]
+def test_what_is_expected_stays_within_fractions_and_needs_no_finished_trial() -> None:
+    stopped = record(0, "STOPPED", rungs=rungs(a=(0.9, 0.1)))
+    assert Expectations([stopped]).of(stopped) == (0.9, 0.1)
+    changed = record(1, standard=0.9, certified=0.1, rungs=rungs(a=(0.4, 0.6)))
+    assert Expectations([changed]).of(stopped) == (1.0, 0.0)
+    assert Expectations([record(2, rungs=rungs(b=(0.1, 0.1)))]).of(stopped) == (0.9, 0.1)
+
+
+def test_what_is_expected_of_a_verification_that_was_stopped() -> None:
+    """Its rung's values and the mean gain of 0.1, or 0.3 / 0.6 of its upper end; never outside of its interval."""
+    finished = record(0, standard=0.7, certified=0.3, adversarial_accuracy=0.6, rungs=rungs(a=(0.5, 0.2)))
+    interval = {"certified": 0.1, "certified_upper": 0.5, "verification_state": "stopped", "expected_certified": 0.12}
+    with_rung = record(1, standard=0.8, rungs=rungs(a=(0.5, 0.25)), **interval)
+    without = record(2, standard=0.8, **interval)
+    trials = [finished, with_rung, without]
+    assert Expectations(trials).of(with_rung) == pytest.approx((0.8, 0.35))
+    assert Expectations(trials).of(without) == pytest.approx((0.8, 0.25))
+    assert Expectations(trials[1:]).of(without) == (0.8, 0.12)  # nobody has finished: what its own rungs of proof say
+    assert Expectations(trials).of(record(3, rungs=rungs(a=(0.5, 0.9)), **interval))[1] == 0.5
+    assert Expectations(trials).of(record(3, rungs=rungs(a=(0.5, -0.9)), **interval))[1] == 0.1
+    assert Expectations(trials).of(finished) == (0.7, 0.3)
 
 
 eighths = st.integers(1, 8).map(lambda count: count / 8)  # whose means are exact
