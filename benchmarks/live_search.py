@@ -82,11 +82,11 @@ class LiveSearch:
 
     def start(self, trials: int, output: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
         """Start a driver that is to bring the study to so many trials."""
-        flags = [flag for setting in self.settings for flag in ("--set", setting)]
+        flags = ["--storage", str(self.storage)]
+        flags += [flag for setting in self.settings for flag in ("--set", setting)]
         own = {name: value for name, value in os.environ.items() if name not in FOREIGN_VARIABLES}
         driver = subprocess.Popen(
-            [sys.executable, "-m", "search.run", self.space, "--storage", str(self.storage), "--trials", str(trials)]
-            + flags,
+            [sys.executable, "-m", "search.run", self.space, "--trials", str(trials), *flags],
             stdout=output,
             stderr=subprocess.STDOUT if output is not subprocess.PIPE else subprocess.PIPE,
             text=True,

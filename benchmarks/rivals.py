@@ -16,10 +16,17 @@ from search.config import StoppingConfig
 from search.errors import UserError
 from search.records import RungValues
 from search.sampling_view import TELL_STOPPED, TellStopped
-from search.scheduler import StudyScheduler
+from search.scheduler import MARGIN, StudyScheduler
 from search.study import Study
 
 REDUCTION = 3
+# With Optuna's own defaults.
+STOCK_SAMPLERS: Mapping[str, Any] = {
+    "random": "random",
+    "tpe": {"kind": "tpe", "startup_trials": 10},
+    "nsga2": {"kind": "nsga2", "population": 50},
+    "gp": {"kind": "gp", "startup_trials": 10},
+}
 NO_STOPPING = {"verification": False, "training": "off"}
 Score = Callable[[RungValues, tuple[float, float]], float]
 
@@ -79,7 +86,13 @@ class Rival:
     stopping: Mapping[str, Any] = field(default_factory=dict)
     asha: str | None = None  # the scalarisation
     tell_stopped: TellStopped = TELL_STOPPED
-    margin: float | None = None  # as for `search.stopping.judge_rung`
+    margin: float | None = MARGIN  # as for `search.stopping.judge_rung`
+
+    @property
+    def is_gp(self) -> bool:
+        """Whether its suggestions take long."""
+        sampler = self.search.get("sampler")
+        return "gp" in (sampler, sampler.get("kind") if isinstance(sampler, Mapping) else None)
 
     def make_scheduler(self, study: Study) -> StudyScheduler:
         if self.asha is not None:
@@ -93,14 +106,16 @@ OURS = Rival("ours")
 
 def stock_rivals() -> list[Rival]:
     """Without stopping."""
-    return [Rival(name, {"sampler": name}, NO_STOPPING) for name in ("random", "tpe", "nsga2", "gp")]
+    return [Rival(name, {"sampler": sampler}, NO_STOPPING) for name, sampler in STOCK_SAMPLERS.items()]
 
 
 def asha_rivals() -> list[Rival]:
     """Every scalarisation with the two samplers that ASHA is commonly run with; verification is never stopped."""
     stopping = {"verification": False, "training": "rungs"}
     return [
-        Rival(f"asha-{score}-{sampler}", {"sampler": sampler}, stopping, asha=score, tell_stopped="pruned")
+        Rival(
+            f"asha-{score}-{sampler}", {"sampler": STOCK_SAMPLERS[sampler]}, stopping, asha=score, tell_stopped="pruned"
+        )
         for sampler in ("random", "tpe")
         for score in SCORES
     ]

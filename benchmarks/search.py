@@ -156,7 +156,7 @@ class Plan:
     budget: float
 
     def seeds_of(self, rival: Rival) -> range:
-        return range(self.gp_seeds if rival.search.get("sampler") == "gp" else self.seeds)
+        return range(self.gp_seeds if rival.is_gp else self.seeds)
 
     def folder(self, parts: Path) -> Path:
         """Of results that these settings share."""

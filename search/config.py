@@ -27,6 +27,8 @@ from search.errors import UserError
 from search.records import OBJECTIVES
 
 KIND = "space file"
+# How a search goes on may change from command to command; what a trial's result depends on may not.
+OPEN_TO_CHANGE = ("sampler", "seeds")
 
 
 class SpaceFileError(UserError):
@@ -72,7 +74,7 @@ class SearchOptions(Config):
     """How the space is searched, and how its result is measured."""
 
     seed: int = Field(0, ge=0, description="the study's seed: every trial's seed and suggestion follow from it")
-    sampler: SamplerConfig = TPEConfig()
+    sampler: SamplerConfig = GPConfig()
     floors: dict[str, float] = Field(
         default_factory=dict, description="least useful value of an objective; told to the sampler as a constraint"
     )
@@ -117,7 +119,7 @@ class BudgetConfig(Config):
     accelerator_hours: float | None = Field(
         None,
         gt=0,
-        description="hours of trials, each weighed with its GPUs (without a GPU: its cores), over all commands",
+        description="hours of all trials, each times its GPUs (without GPUs: its cores), over all commands",
     )
 
 
@@ -136,6 +138,12 @@ class StoppingConfig(Config):
     agreement: float = Field(
         0.3, ge=-1, le=1, description="rank agreement of a rung with finished trials below which it stops nobody"
     )
+
+    @field_validator("training", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: Any) -> Any:
+        """YAML reads `off` as false."""
+        return "off" if value is False else value
 
 
 def _on_or_off(value: Any) -> Any:
@@ -217,7 +225,8 @@ class SearchConfig(Config):
     def identity(self) -> dict[str, Any]:
         """What must be equal for a study to be continued: everything that a result depends on."""
         full = self.model_dump(mode="json", exclude={"budget", "stopping", "resources", "storage", "tracking"})
-        full["search"].pop("seeds")
+        for name in OPEN_TO_CHANGE:
+            full["search"].pop(name)
         full["data"].pop("path")  # where the images lie is no part of what they are: their fingerprint is checked
         return full
 

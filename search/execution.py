@@ -72,13 +72,19 @@ def execute(
             try:
                 searcher = _fit(study, storage, cluster, shared, console, before, dataset.fingerprint, lock)
             except BaseException:
-                close_study(study.record(), storage, "KILLED")
+                _close(study.record(), storage, "KILLED", lock)
                 raise
             record = study.record()
             ended = len(record.done) >= config.budget.trials or searcher.budget_reason is not None
             status: Status = "FAILED" if searcher.stop_reason else "FINISHED" if ended else "KILLED"
-            close_study(record, storage, status)
+            _close(record, storage, status, lock)
             return Outcome(record, searcher.stop_reason, searcher.budget_reason, where_to_look(tracker, storage))
+
+
+def _close(record: StudyRecord, storage: Storage, status: Status, lock: DriverLock) -> None:
+    """Nothing is said of a study whose lock was lost: its unfinished trials may run under another driver now."""
+    if lock.still_held():
+        close_study(record, storage, status)
 
 
 def _fit(

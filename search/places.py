@@ -1,7 +1,7 @@
 """Where one trial keeps its files, and what stays of them when it is over.
 
-While it runs: the last training state, `rungs.json`, a folder for the state of the verification. Afterwards: the
-student's weights, the verdicts and the result.
+While it runs: the last training state, `rungs.json`, what it spent on its teacher, a folder for the state of the
+verification. Afterwards: the student's weights, the verdicts and the result.
 """
 
 import json
@@ -54,6 +54,11 @@ class TrialPlaces:
         return self.folder / "rungs.json"
 
     @property
+    def teacher_seconds(self) -> Path:
+        """What this trial spent on its teacher: the teacher itself does not say who trained it."""
+        return self.folder / "teacher_seconds"
+
+    @property
     def verification(self) -> Path:
         """The state of a verification."""
         return self.folder / "verification"
@@ -84,7 +89,7 @@ def discard(places: TrialPlaces) -> None:
     for folder in (places.stages, places.verification):
         shutil.rmtree(folder, ignore_errors=True)
     unfinished = places.folder.glob(".*")
-    for path in (places.state, places.rungs, *unfinished):
+    for path in (places.state, places.rungs, places.teacher_seconds, *unfinished):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

@@ -14,6 +14,9 @@ from search.records import RungValues, TrialRecord, TrialResult
 from search.standings import Standings
 from search.stopping import judge_rung, judge_verification
 
+# Spreads of what finished trials gained after a rung that a trial may still hope for (docs/RESULTS.md has the choice).
+MARGIN = 0.5
+
 
 class JudgedStudy(Protocol):
     """What the scheduler needs of `search.study.Study`."""
@@ -40,7 +43,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
     # A stop must come between a report and the work after it, so reports are not to be collected.
     _supports_buffered_results = False
 
-    def __init__(self, study: JudgedStudy, *, margin: float | None = 1.0) -> None:
+    def __init__(self, study: JudgedStudy, *, margin: float | None = MARGIN) -> None:
         super().__init__()
         self._study, self._margin = study, margin
         self._standings = Standings()
@@ -82,12 +85,18 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
             return judge_verification(number, known, self._standings, seeds=config.search.seeds)
         rung, values = result["rung"], RungValues(**json.loads(result["values"]))
         self._study.note_rung(number, rung, values)
-        if config.stopping.training == "off":
+        if config.stopping.training == "off" or self._is_further_seed(number):
             return None
         self._standings.update(self._study.trials())
         return judge_rung(
             number, rung, self._standings, config.stopping, config.search.hypervolume_reference, margin=self._margin
         )
+
+    def _is_further_seed(self, number: int) -> bool:
+        """Whether the trial's configuration has a result: its mean would flatter it if the worse seeds had none."""
+        configuration = self._standings.record(number).configuration
+        runs = self._standings.runs(configuration) if configuration else []
+        return any(run.state == "COMPLETE" for run in runs)
 
     def debug_string(self) -> str:
         return f"{len(self.stopped)} trials stopped"

@@ -164,6 +164,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             stored = self._files.result(assignment.key)
             if stored is None:
                 return assignment
+            self._teachers.ended(assignment)
             self._tell(assignment, stored)  # finished under an earlier driver, which did not live to tell
         return None
 
@@ -177,7 +178,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _waiting(self) -> Assignment | None:
         for number in self._study.waiting():
-            if self._teachers.may_start(self._study.assignment(number)):
+            if self._teachers.may_start(self._study.adopt(number)):
                 return self._study.start(number)
         return None
 
@@ -197,11 +198,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         if not self._budget.is_open_ended:
             return None
         busy = self._tried | {assignment.number for assignment in self._resumed.values()}
-        number = resumption(self._study.trials(), self._study.config.search.hypervolume_reference, without=busy)
-        if number is None:
-            return None
-        self._tried.add(number)
-        return self._study.assignment(number)
+        reference = self._study.config.search.hypervolume_reference
+        while (number := resumption(self._study.trials(), reference, without=busy)) is not None:
+            assignment = self._study.assignment(number)
+            if not self._refined_from_files(assignment):
+                self._tried.add(number)
+                return assignment
+        return None
 
     # ---- What came of it ------------------------------------------------------------------------------------------
 
@@ -240,7 +243,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._unfinished.append(assignment.number)
         elif state == "PAUSED":
             self._unfinished.append(assignment.number)
-            self._stop(f"{last['reason']}; the search pauses, nothing is lost: make room and run the same command")
+            self._pause(last["reason"])
         elif (stored := self._files.result(key)) is not None:
             self._tell(assignment, stored)
         elif stopped is not None and state == "VERIFYING":
@@ -259,19 +262,43 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def _stop_training(self, assignment: Assignment, last: dict[str, Any], reason: str) -> None:
         # Files first: should this driver die in between, the trial is still RUNNING and is judged again.
         self._files.end_stopped_training(assignment.key, reason)
-        self._study.tell_stopped(assignment.number, reason, json.loads(last["values"])["seconds"])
+        # A trial that goes on tells its rungs from the first one on: it may have come further than this one.
+        noted = [values.seconds for values in self._study.trials()[assignment.number].rungs.values()]
+        seconds = max([json.loads(last["values"])["seconds"], *noted])
+        self._study.tell_stopped(assignment.number, reason, seconds)
         self._reasons.clear()
         self._listener.stopped(assignment.key, reason)
 
     def _conclude_resumption(self, assignment: Assignment, last: dict[str, Any]) -> None:
         """A resumed verification that did not end well leaves the interval that was there."""
         if last.get("state") == "COMPLETE":
-            result = TrialResult(**json.loads(last["result"]))
-            self._study.refine(assignment.number, result)
-            self._listener.finished(assignment.key, result)
+            self._refine(assignment, TrialResult(**json.loads(last["result"])))
+        elif last.get("state") == "PAUSED":
+            self._pause(last["reason"])
+        else:
+            self._refined_from_files(assignment)
+
+    def _refined_from_files(self, assignment: Assignment) -> bool:
+        """Tell the study of a resumed verification that ended before a driver or a worker died that did not tell it."""
+        stored, known = self._files.result(assignment.key), self._study.trials()[assignment.number]
+        if stored is None or known.seconds is None or stored.seconds <= known.seconds:
+            return False
+        return self._refine(assignment, stored)
+
+    def _refine(self, assignment: Assignment, result: TrialResult) -> bool:
+        known = self._study.trials()[assignment.number]
+        self._study.refine(assignment.number, result)
+        if self._study.trials()[assignment.number] is known:
+            return False  # a wider interval
+        self._listener.finished(assignment.key, result)
+        return True
 
     def _tell(self, assignment: Assignment, result: TrialResult) -> None:
         self._study.tell(assignment.number, result)
+        told = self._study.trials()[assignment.number]
+        if told.state == "FAILED":  # it was not finite
+            self._fail(assignment, told.reason or "", silent=True)
+            return
         self._reasons.clear()
         self._listener.finished(assignment.key, result)
 
@@ -297,6 +324,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._scheduler.halt()
             return False
         return True
+
+    def _pause(self, reason: str) -> None:
+        self._stop(f"{reason}; the search pauses, nothing is lost: make room and run the same command")
 
     def _stop(self, reason: str) -> None:
         self.stop_reason = self.stop_reason or reason

@@ -164,8 +164,8 @@ class Study:
         return self.assignment(self._create(TrialState.RUNNING, self.prepare().suggest()))
 
     def adopt(self, number: int) -> Assignment:
-        """Take over a trial that an earlier driver started; of studies of older versions, parameters that it had not
-        drawn yet are drawn now."""
+        """Take over a trial that an earlier driver started or stored; of studies of older versions, parameters that
+        were not drawn yet are drawn now."""
         record = self._trials[number]
         if not (record.configuration and record.seed):
             self._draw_rest(number)
@@ -302,7 +302,7 @@ class Study:
         record = trial_record(self._empty.name, trial, refined)
         if record.number == len(self._ids):
             self._ids.append(trial._trial_id)
-        if trial.user_attrs.get("given_up"):
+        if record.state == "FAILED" and trial.user_attrs.get("given_up"):  # else a kill came between the two
             self._given_up.add(record.number)
         if kept := kept_attributes(trial.system_attrs):
             self._attributes[record.number] = kept

@@ -13,7 +13,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from ccdist.config import fingerprint
-from search.config import SearchConfig
+from search.config import OPEN_TO_CHANGE, SearchConfig
 from search.database import StudyError, open_storage, sqlite_file, without_password
 from search.records import RungValues, StudyRecord, TrialRecord, TrialResult
 from search.records import TrialState as RecordState
@@ -125,8 +125,11 @@ def _check_same(study: optuna.Study, config: SearchConfig) -> None:
     attributes = study.user_attrs
     _check_version(study)
     _check_directions(study)
-    if fingerprint(attributes["identity"]) != config.identity_hash:
-        difference = _first_difference(attributes["identity"], json.loads(json.dumps(config.identity)))
+    stored = dict(attributes["identity"])
+    # Versions before this one counted the sampler as part of what a study is.
+    stored["search"] = {name: value for name, value in stored["search"].items() if name not in OPEN_TO_CHANGE}
+    if fingerprint(stored) != config.identity_hash:
+        difference = _first_difference(stored, json.loads(json.dumps(config.identity)))
         raise StudyError(f"study {study.study_name} exists with another space ({difference}); {_ADVICE}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ccdist import checkpoint
+from ccdist import atomic_files, checkpoint
 from ccdist.data import Dataset
 from ccdist.provenance import source_commit
 from ccdist.training import TrainingResult, train_student, train_teacher
@@ -149,8 +149,9 @@ class _Trial:
         self._log = EpochLog(self.dataset, recipe.threat, self.device, self.journal, self.reports)
         is_trained = task.places.student.exists()
         teacher = self._teacher(train_teacher_fn) if recipe.needs_teacher and not is_trained else None
-        teacher_seconds = teacher.seconds if teacher else 0.0
-        waited = time.perf_counter() - started - teacher_seconds
+        waited = time.perf_counter() - started - (teacher.seconds if teacher else 0.0)
+        teacher_seconds = self._teacher_seconds(teacher)
+        teacher = teacher and replace(teacher, seconds=teacher_seconds)
         network, student_seconds = StudentTraining(
             task.key,
             recipe,
@@ -175,6 +176,13 @@ class _Trial:
         result = _with_peak_memory(result)
         conclude(task.places, self.journal, result, {"waiting": max(0.0, waited)})
         return result
+
+    def _teacher_seconds(self, teacher: Teacher | None) -> float:
+        """What this trial spent on its teacher, whichever of its runs did."""
+        stored = self.task.places.teacher_seconds
+        if teacher is not None and teacher.seconds > 0:
+            atomic_files.write_text(stored, repr(teacher.seconds))
+        return float(stored.read_text()) if stored.exists() else 0.0
 
     def _teacher(self, train: Callable[..., TrainingResult]) -> Teacher:
         """The teacher, trained now if nobody has.

@@ -64,6 +64,7 @@ class TeacherQueue:
         """The trial found its teacher being trained by another search."""
         key = self._teacher_of(assignment)
         if key is not None:
+            self._present.discard(key)
             self._elsewhere[key] = self._clock() + RETRY_S
 
     def ended(self, assignment: Assignment) -> None:

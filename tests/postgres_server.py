@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own: one for the session, a database for each test."""
+"""A PostgreSQL server of the tests' own, one for a file of tests."""
 
 import ctypes
 import os
@@ -52,7 +52,7 @@ def _user() -> str | None:
     return None if os.geteuid() else "postgres" if "postgres" in names else "nobody"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a longer life would end in the time limit of a test of another file
 def postgres_server() -> Iterator[PostgresServer]:
     place = programs()
     if place is None:
@@ -109,8 +109,6 @@ def _wait(server: PostgresServer, process: "subprocess.Popen[bytes]", log: Path)
 
 
 @pytest.fixture
-def postgres_url(postgres_server: PostgresServer, request: pytest.FixtureRequest) -> str:
-    """An empty database named after the test."""
-    name = request.node.name[:50].lower()
-    postgres_server.execute(f'CREATE DATABASE "{name}"')
-    return postgres_server.url(name)
+def postgres_url(postgres_server: PostgresServer) -> str:
+    """The database that is there from the start; tests that share a server share it, locks, tables and all."""
+    return postgres_server.url("postgres")

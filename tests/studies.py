@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from search.config import SearchConfig, load_search_config
+from search.database import open_storage
 from search.records import TrialResult
 from search.space import Space
-from search.database import open_storage
 from search.study import Study
 
 FINGERPRINT = "0123456789abcdef"
@@ -79,6 +79,16 @@ def config_of(folder: Path, settings: Sequence[str] = (), **changes: Any) -> Sea
     return load_search_config(write_space(folder / "space.yaml", tree(**changes)), settings)
 
 
+def space_of(config: SearchConfig) -> Space:
+    """The space of a configuration, which never changes: to build all its corners takes as long as to open a study."""
+    return _space_of(config.model_dump_json())
+
+
+@functools.cache
+def _space_of(dumped: str) -> Space:
+    return Space(SearchConfig.model_validate_json(dumped))
+
+
 @functools.cache
 def empty_database() -> bytes:
     """A database with Optuna's tables and no study: to make them takes ten times as long as to copy them."""
@@ -92,7 +102,7 @@ def empty_database() -> bytes:
 def open_study(config: SearchConfig, database: Path, fingerprint: str = FINGERPRINT) -> Study:
     if not database.exists():
         database.write_bytes(empty_database())
-    return Study.open(config, Space(config), f"sqlite:///{database}", fingerprint)
+    return Study.open(config, space_of(config), f"sqlite:///{database}", fingerprint)
 
 
 def result(standard: float = 0.9, certified: float = 0.5, **changes: Any) -> TrialResult:

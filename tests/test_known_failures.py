@@ -35,6 +35,7 @@ What lies in Ray Tune is shown by one real search of seven trials, one after the
 """
 
 import ast
+import functools
 import io
 import json
 import os
@@ -161,6 +162,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         for name, value in cluster._ENVIRONMENT.items():  # taken back at the end, as `connected` sets them for good
             patch.setenv(name, value)
         patch.setenv("TUNE_MAX_PENDING_TRIALS_PG", "1")
+        patch.setenv("RAY_prestart_worker_first_driver", "0")  # a process for each core, none of which runs a trial
         for name in ("RAY_ADDRESS", "TUNE_DISABLE_STRICT_METRIC_CHECKING"):
             patch.delenv(name, raising=False)
         patch.setattr(cluster, "read_ray_address", lambda: None)
@@ -274,6 +276,7 @@ def test_seed_zero_is_a_seed(kind: str, tmp_path: Path) -> None:
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def default_tests(path: Path) -> set[str]:
     """The tests of a file that the default suite runs."""
     functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]

@@ -92,6 +92,20 @@ def test_a_rung_is_noted_before_it_is_judged_and_the_reason_of_a_stop_is_kept(st
     assert scheduler.error is None
 
 
+def test_a_further_seed_of_a_configuration_with_a_result_is_trained_to_its_end(study: MemoryStudy) -> None:
+    """The mean of a configuration would flatter it if its worse seeds had no results."""
+    scheduler = StudyScheduler(study)
+    for _ in range(3):
+        study.add()
+    study.add(configuration="c0")
+    for report in (rung(0, 0.8, 0.5), rung(1, 0.7, 0.4), rung(2, 0.9, 0.4)):
+        decide(scheduler, report)
+    study.complete(0, 0.9, 0.5, 0.5)
+    assert decide(scheduler, rung(3, 0.5, 0.3)) == CONTINUE
+    study.records[0] = replace(study.records[0], configuration="another")
+    assert decide(StudyScheduler(study), rung(3, 0.5, 0.3)) == STOP
+
+
 def test_verification_is_judged_against_finished_trials(study: MemoryStudy) -> None:
     scheduler = StudyScheduler(study)
     study.add()

@@ -81,7 +81,10 @@ def test_unknown_keys_inside_unions_and_choices_are_found(tmp_path: Path) -> Non
 
 
 def test_a_key_like_nothing_is_answered_with_the_list(tmp_path: Path) -> None:
-    assert mistake(tmp_path, tree(budget__zzz=1)) == "unknown key budget.zzz; known keys here: accelerator_hours, hours, trials"
+    assert (
+        mistake(tmp_path, tree(budget__zzz=1))
+        == "unknown key budget.zzz; known keys here: accelerator_hours, hours, trials"
+    )
 
 
 @pytest.mark.parametrize("section", ["name", "data", "threat", "network", "teacher", "student", "budget"])
@@ -345,3 +348,18 @@ def test_a_configuration_cannot_be_changed_and_survives_its_json(tmp_path: Path)
     with pytest.raises(ValueError, match="frozen"):
         config.name = "other"
     assert SearchConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "verification", "training"),
+    [
+        ("stopping=false", False, "off"),
+        ("stopping=true", True, "rungs"),
+        ("stopping={training: off}", True, "off"),
+        ("stopping.training=off", True, "off"),
+        ("stopping={training: fractions, verification: false}", False, "fractions"),
+    ],
+)
+def test_one_line_turns_stopping_off(setting: str, verification: bool, training: str, tmp_path: Path) -> None:
+    stopping = config_of(tmp_path, [setting]).stopping
+    assert (stopping.verification, stopping.training) == (verification, training)

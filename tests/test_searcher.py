@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 from optuna.storages import InMemoryStorage
+from optuna.trial import TrialState, create_trial
 from ray.tune.search import Searcher
 from studies import closed_form, config_of, open_study, result
 
+from search import execution
 from search.asking import Asker, Inline
 from search.budget import Budget
 from search.config import BudgetConfig, ResourcesConfig
+from search.driver_lock import DriverLock
 from search.pareto import hypervolume
 from search.records import RungValues, TrialResult
 from search.searcher import StudySearcher, allowed_failures
@@ -318,6 +321,17 @@ def test_a_dead_worker_is_a_failure_with_a_reason(
     assert files.ends == [("silent", "tiny-0000", trial.reason)]
 
 
+def test_a_result_that_is_not_finite_is_a_failure_to_everyone(study: Study, log: Log) -> None:
+    files = FakeFiles()
+    searcher = searcher_of(study, log, slots=1, files=files)
+    drive(searcher, lambda _: complete(result(expected_certified=float("nan"))), 1)
+    assert states(study) == ["FAILED"] * 3
+    assert log.keys("failed") == ["tiny-0000", "tiny-0001", "tiny-0002"]
+    assert log.keys("finished") == []
+    assert files.ends[0] == ("silent", "tiny-0000", "not finite: expected_certified is nan")
+    assert searcher.stop_reason is not None
+
+
 def test_a_worker_that_died_after_its_result_has_finished(study: Study, log: Log) -> None:
     files = FakeFiles()
     searcher = searcher_of(study, log, files=files)
@@ -466,6 +480,18 @@ def test_a_stopped_training_is_done_and_its_journal_is_ended(study: Study, log: 
     assert states(study) == ["STOPPED", "COMPLETE"]
 
 
+def test_a_training_stopped_at_a_rung_that_it_tells_again_has_spent_what_it_spent(study: Study, log: Log) -> None:
+    """After a kill it tells its rungs from the first one on, and may be stopped there."""
+    scheduler = FakeScheduler()
+    searcher = searcher_of(study, log, scheduler=scheduler)
+    searcher.suggest("tune0")
+    study.note_rung(0, "1/9", RungValues(0.5, 0.1, 7.0))
+    study.note_rung(0, "1/3", RungValues(0.6, 0.2, 20.0))
+    scheduler.stopped["tiny-0000"] = "dominated"
+    searcher.on_trial_complete("tune0", rung(standard_accuracy=0.5, certified_accuracy=0.1, seconds=7.0))
+    assert study.trials()[0].seconds == 20.0
+
+
 def test_a_stopped_verification_keeps_its_interval(study: Study, log: Log) -> None:
     files, scheduler = FakeFiles(), FakeScheduler()
     searcher = searcher_of(study, log, files=files, scheduler=scheduler)
@@ -550,6 +576,46 @@ def test_a_teacher_of_another_search_is_asked_for_again_later(study: Study, log:
     assert Suggestion.from_config(searcher.suggest("tune1")).key == "tiny-0000"
 
 
+def test_a_trial_that_is_told_without_a_run_trains_no_teacher(tmp_path: Path, study: Study, log: Log) -> None:
+    """It had finished under an earlier driver, and its teacher was deleted since: the others must not wait for it."""
+    study.ask()
+    again = open_study(config_of(tmp_path), tmp_path / "study.db")
+    teachers = TeacherQueue(lambda _: "one", FakeTeachers())
+    searcher = searcher_of(again, log, target=2, files=FakeFiles({"tiny-0000": result()}), teachers=teachers)
+    drive(searcher, succeed)
+    assert states(again) == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_teacher_that_is_trained_elsewhere_is_not_there(study: Study, log: Log) -> None:
+    """A student from before a kill is verified without its teacher, which may have been deleted since."""
+    now, store = [0.0], FakeTeachers(holders={"one": "tiny-0001"})
+    searcher = searcher_of(study, log, slots=3, teachers=TeacherQueue(lambda _: "one", store, lambda: now[0]))
+    searcher.suggest("tune0")
+    searcher.on_trial_result("tune0", {"state": "VERIFYING", "phase": "clean", "step": 1, "steps": 2})
+    assert isinstance(searcher.suggest("tune1"), dict)  # it trains the teacher
+    assert isinstance(searcher.suggest("tune2"), dict)
+    searcher.on_trial_complete("tune2", {"state": "WAITING", "teacher": "one"})
+    assert searcher.suggest("tune3") is None
+    now[0] = RETRY_S
+    store.present.add("one")
+    assert Suggestion.from_config(searcher.suggest("tune3")).key == "tiny-0002"
+
+
+def test_a_waiting_point_of_an_older_version_has_no_parameters_yet(tmp_path: Path, study: Study, log: Log) -> None:
+    database = tmp_path / "older.db"
+    (stored,) = (trial for trial in study._storage.get_all_trials(study._study_id) if trial.number == 1)
+    older = open_study(config_of(tmp_path, search__points=[]), database)
+    assert older.space.points() == []
+    older._storage.create_new_trial(
+        older._study_id,
+        create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": stored.params}, user_attrs={"point": 0}),
+    )
+    older = open_study(config_of(tmp_path, search__points=[]), database)
+    teachers = TeacherQueue(lambda assignment: assignment.params["loss"], FakeTeachers())
+    suggestion = Suggestion.from_config(searcher_of(older, log, teachers=teachers).suggest("tune0"))
+    assert (suggestion.key, suggestion.params) == ("tiny-0000", stored.params)
+
+
 class SlowPool:
     """Computes when the test says so."""
 
@@ -616,11 +682,51 @@ def test_verifications_go_on_with_what_is_left_of_the_budget(study: Study, log: 
     assert study.num_done() == 1
 
 
+def test_a_narrower_interval_that_nobody_told_is_found_in_the_files(study: Study, log: Log) -> None:
+    """Its driver died between the two, or its worker did after it had stored the result."""
+    files = FakeFiles({"tiny-0000": result(0.9, 0.6, certified_upper=0.65, seconds=4.0)})
+    study.tell(study.ask().number, result(0.9, 0.5, certified_upper=0.7))
+    searcher = searcher_of(study, log, target=1, slots=1, files=files, hours=1)
+    assert Suggestion.from_config(searcher.suggest("tune0")).resume
+    assert (study.trials()[0].certified_accuracy, study.trials()[0].certified_upper) == (0.6, 0.65)
+    files.results["tiny-0000"] = result(0.9, 0.62, certified_upper=0.64, seconds=5.0)
+    searcher.on_trial_complete("tune0", None, error=True)
+    assert (study.trials()[0].certified_accuracy, study.trials()[0].certified_upper) == (0.62, 0.64)
+    files.results["tiny-0000"] = result(0.9, 0.1, certified_upper=0.9, seconds=6.0)  # of something else
+    assert Suggestion.from_config(searcher_of(study, log, target=1, files=files, hours=1).suggest("tune1")).resume
+    assert study.trials()[0].certified_accuracy == 0.62
+
+
+def test_a_full_disk_pauses_a_resumed_verification_too(study: Study, log: Log) -> None:
+    for _ in range(2):
+        study.tell(study.ask().number, result(0.9, 0.5, certified_upper=0.7))
+    searcher = searcher_of(study, log, target=2, slots=1, hours=1)
+    assert Suggestion.from_config(searcher.suggest("tune0")).resume
+    searcher.on_trial_complete("tune0", {"state": "PAUSED", "reason": "no room is left"})
+    assert searcher.suggest("tune1") == StudySearcher.FINISHED
+    assert searcher.stop_reason is not None
+    assert searcher.stop_reason.startswith("no room is left; the search pauses")
+
+
 def test_without_other_limits_the_search_ends_with_its_last_trial(study: Study, log: Log) -> None:
     searcher = searcher_of(study, log, target=1, slots=1)
     searcher.suggest("tune0")
     searcher.on_trial_complete("tune0", complete(result(0.9, 0.5, certified_upper=0.7)))
     assert searcher.suggest("tune1") == StudySearcher.FINISHED
+
+
+def test_journals_of_a_study_whose_lock_was_lost_are_left_to_its_other_driver(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lost:
+        def still_held(self) -> bool:
+            return False
+
+    closed: list[Any] = []
+    monkeypatch.setattr(execution, "close_study", lambda *arguments: closed.append(arguments))
+    for parts in ([Lost()], []):
+        execution._close(study.record(), None, "KILLED", DriverLock(parts))  # type: ignore[arg-type]
+    assert [status for *_, status in closed] == ["KILLED"]
 
 
 def test_a_driver_that_lost_its_lock_writes_nothing_more(tmp_path: Path, study: Study, log: Log) -> None:

@@ -230,7 +230,8 @@ def test_recorded_trials_become_a_workload(tmp_path: Path) -> None:
     space = RecordedSpace(config, table)
     assert set(space.parameters) == {"method", "learning_rate", "epochs", "optimizer", "alpha"}
     assert space.parameters["alpha"].branch == (("method", "mtl_ibp"),)
-    tree = config.model_dump(mode="json") | {"budget": {"trials": 12}}
+    whole = config.model_dump(mode="json")
+    tree = whole | {"budget": {"trials": 12}, "search": whole["search"] | {"sampler": {"kind": "random"}}}
     short = SearchConfig.model_validate(tree)
     history = simulate(short, RecordedSpace(short, table), workload, Hardware(gpus=4))
     found = [outcome.objectives for outcome in history.outcomes]

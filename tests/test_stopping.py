@@ -308,7 +308,7 @@ RULES = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=max(60, settings.default.max_examples))  # each has many parts
 @given(histories(), RULES, POINTS, st.sampled_from([None, 0.0, 1.0]), st.randoms())
 def test_what_nobody_dominates_goes_on_and_the_order_of_records_does_not_matter(
     trials: list[TrialRecord],

@@ -270,6 +270,18 @@ def test_a_teacher_is_shared_and_paid_for_once(tmp_path: Path, dataset: Dataset)
     assert len(teachers) == 1
 
 
+@pytest.mark.parametrize("cut_off_in", ["student", "verifying"])
+def test_a_trial_that_was_cut_off_still_bears_the_cost_of_its_teacher(
+    cut_off_in: str, tmp_path: Path, dataset: Dataset
+) -> None:
+    task, fakes = task_of(tmp_path), Fakes()
+    with pytest.raises(SystemExit):
+        run(task, dataset, fakes, Recorder(lambda kind, what: cut_off_in in (kind, what[0])))
+    assert run(task, dataset, fakes).costs["teacher"] == 0.25
+    assert fakes.calls.count("teacher") == 1
+    assert not task.places.teacher_seconds.exists()
+
+
 def test_a_student_without_distillation_has_no_teacher(tmp_path: Path, dataset: Dataset) -> None:
     fakes = Fakes()
     params = {"loss": "no_distillation", "alpha": 0.5, "warm_up": 0.05, "steps": 1}
