@@ -25,6 +25,7 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray announces that a future version will leave CUDA_VISIBLE_DEVICES alone for trials without a GPU.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",  # idle processes, one for each core, that no trial would use
     "RAY_AIR_NEW_OUTPUT": "0",  # the search has its own table
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # and its own journals
 }

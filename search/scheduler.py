@@ -15,7 +15,7 @@ from search.standings import Standings
 from search.stopping import judge_rung, judge_verification
 
 # Spreads of what finished trials gained after a rung that a trial may still hope for (docs/RESULTS.md has the choice).
-MARGIN = 0.5
+MARGIN = 2.0
 
 
 class JudgedStudy(Protocol):

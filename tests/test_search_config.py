@@ -300,6 +300,9 @@ UNIMPORTANT: list[dict[str, Any]] = [
     {"storage__artifacts": "/elsewhere"},
     {"tracking__enabled": False},
     {"data__path": "/elsewhere"},
+    {"search__sampler": "tpe"},
+    {"search__seeds": 3},
+    {"stopping": False},
 ]
 IMPORTANT: list[dict[str, Any]] = [
     {"data__validation": 0.3},
@@ -309,7 +312,6 @@ IMPORTANT: list[dict[str, Any]] = [
     {"student__l1": 0.0},
     {"verification__rungs": ["ibp"]},
     {"search__seed": 1},
-    {"search__sampler": "tpe"},
     {"search__floors": {"certified_accuracy": 0.1}},
     {"search__reference": [0.0, 0.0]},
     {"search__points": []},
