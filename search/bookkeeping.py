@@ -81,8 +81,10 @@ def is_settled(config: SearchConfig, storage: Storage) -> bool:
     return ended and Delivery(journals, NullTracker()).rows_left() == 0
 
 
-def where_to_look(tracker: Tracker, storage: Storage) -> str:
-    """How to see the study in MLflow."""
+def where_to_look(tracker: Tracker, storage: Storage) -> str | None:
+    """How to see the study in MLflow; None: it is not there."""
+    if isinstance(tracker, NullTracker):
+        return None
     try:
         url = tracker.study_url()
     except Exception:  # the link is a courtesy, and any server may be away in any way

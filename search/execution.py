@@ -43,7 +43,7 @@ class Outcome:
     record: StudyRecord
     stop_reason: str | None  # it cannot go on
     budget_reason: str | None  # a limit other than the number of trials was reached
-    where: str
+    where: str | None
 
 
 def execute(

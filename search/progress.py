@@ -65,7 +65,7 @@ class Progress:
             mark += f"  ({result.reason})"
         self.console.print(
             f"[{self._num_done}/{self.target}] {key}  standard {result.standard_accuracy:.3f}  adversarial "
-            f"{result.adversarial_accuracy:.3f}  certified {result.certified_accuracy:.3f}  "
+            f"{result.adversarial_accuracy:.3f}  certified {_interval(result)}  "
             f"{result.seconds:.0f} s{mark}",
             highlight=False,
             markup=False,
@@ -107,3 +107,8 @@ class Progress:
             share = f" {trial.done}/{trial.of}" if trial.of else ""
             table.add_row(key, f"{trial.phase}{share}", "", "", style="dim")
         return Group(table, Text("Ctrl-C stops; the same command goes on", style="dim"))
+
+
+def _interval(result: TrialResult) -> str:
+    lower, upper = f"{result.certified_accuracy:.3f}", f"{result.certified_upper:.3f}"
+    return lower if lower == upper else f"{lower} to {upper}"

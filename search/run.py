@@ -71,7 +71,8 @@ def run(config: SearchConfig, space: Space, storage: Storage, console: Console, 
         outcome = execute(config, space, storage, dataset, console, lock)
     record = outcome.record
     _show(record, storage, console)
-    console.print(outcome.where, soft_wrap=True, highlight=False)
+    if outcome.where is not None:
+        console.print(outcome.where, soft_wrap=True, highlight=False)
     if outcome.stop_reason is not None:
         print(f"error: {outcome.stop_reason}", file=sys.stderr)
         return FAILING
