@@ -31,6 +31,7 @@ OK, BAD_INPUT, FAILING, INTERRUPTED = 0, 2, 3, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a server that is away is nothing to tell: rows wait for it
     settings = args.set if args.trials is None else [*args.set, f"budget.trials={args.trials}"]
     try:
         config = load_search_config(find_space_file(args.space), settings)
