@@ -91,7 +91,7 @@ def judge_rung(
     2. none of them dominates it there;
     3. it is among the best ceil(keep * N) of all N there, itself included, by `place`;
     4. the rung's `agreement` with the results of finished trials is measurable and below `config.agreement`;
-    5. with a `margin`: no finished trial dominates its `hoped` result.
+    5. with a `margin`: no finished trial dominates its `hoped` result, or too few have finished to tell.
 
     Args:
         number: the trial; its values at the rung are in the standings.
@@ -118,9 +118,10 @@ def judge_rung(
     agreed = agreement(witnesses)
     if agreed is not None and agreed < config.agreement:
         return None
-    best = None if margin is None else hoped(values[own], witnesses, margin)
-    if best is not None and not np.any(_dominate(standings.complete().worst, best)):
-        return None
+    if margin is not None:
+        best = hoped(values[own], witnesses, margin)
+        if best is None or not np.any(_dominate(standings.complete().worst, best)):
+            return None
     kept = math.ceil(config.keep * len(numbers) - 1e-9)  # 0.1 * 30 is above 3 in floating point
     # Its place is behind all that dominate it and before all that it dominates: often that is enough to know.
     behind = np.count_nonzero(_dominate(values[own], values))

@@ -43,6 +43,7 @@ import re
 import signal
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,14 @@ class Finished:
 
     def reached_its_end(self, number: int) -> bool:
         return (self.storage.artifacts / "tiny" / "trials" / f"tiny-{number:04d}" / "end").exists()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_margin() -> Iterator[None]:
+    """These searches are too short for anybody to know what a trial may hope for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(StudyScheduler.__init__.__kwdefaults__, "margin", None)
+        yield
 
 
 @pytest.fixture(scope="module")
