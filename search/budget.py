@@ -51,12 +51,12 @@ class Budget:
         """Why nothing may start any more, or None."""
         limit = self._limits.accelerator_hours
         if limit is not None and accelerator_hours(self._trials(), self._resources) >= limit:
-            return f"budget.accelerator_hours is {limit:g}: they are spent"
+            return f"the budget of {limit:g} accelerator-hours is spent"
         return self.expired()
 
     def expired(self) -> str | None:
         """Why what runs is to be cut off now, or None."""
         limit = self._limits.hours
         if limit is not None and self._clock() - self._started >= limit * SECONDS_PER_HOUR:
-            return f"budget.hours is {limit:g}: they are over"
+            return f"the budget of {limit:g} hours is over"
         return None

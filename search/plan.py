@@ -123,9 +123,11 @@ def plan_lines(
         f"{seconds / SECONDS_PER_HOUR * (config.resources.gpu or config.resources.cpu):.2g} {unit}-hours, "
         "less what stopping early saves"
     )
-    if record is not None and config.budget.accelerator_hours is not None:
-        spent = accelerator_hours(record.trials, config.resources)
-        yield f"accelerator-hours spent: {spent:.3g} of {config.budget.accelerator_hours:g}"
+    if config.budget.hours is not None:
+        yield f"after {config.budget.hours:g} hours of this command what runs is cut off, and goes on with the next one"
+    if config.budget.accelerator_hours is not None:
+        spent = accelerator_hours(record.trials if record else (), config.resources)
+        yield f"{spent:.3g} of {config.budget.accelerator_hours:g} accelerator-hours are spent; then nothing new starts"
     finished = left * (cost.weights * BYTES_PER_WEIGHT + len(dataset.validation) * BYTES_PER_VERDICT + BYTES_PER_TRIAL)
     running = slots * cost.weights * BYTES_PER_WEIGHT * STATE_COPIES
     yield f"disk: about {_size(finished)} in the end, and {_size(running)} while trials run"

@@ -79,7 +79,8 @@ def run(config: SearchConfig, space: Space, storage: Storage, console: Console, 
         return FAILING
     done = f"{len(record.done)} of {config.budget.trials} trials"
     if outcome.budget_reason is not None:
-        console.print(f"{outcome.budget_reason}, after {done}", soft_wrap=True, highlight=False)
+        go_on = "" if len(record.done) >= config.budget.trials else f"; go on with: {command}"
+        console.print(f"{outcome.budget_reason}, after {done}{go_on}", soft_wrap=True, highlight=False)
     elif len(record.done) < config.budget.trials:
         console.print(f"stopped after {done}; go on with: {command}", soft_wrap=True, highlight=False)
         return INTERRUPTED

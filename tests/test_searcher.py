@@ -518,7 +518,7 @@ def test_a_trial_that_was_cut_off_goes_on_later(tmp_path: Path, study: Study, lo
     assert scheduler.is_halted
     searcher.on_trial_complete("tune0", {"state": "RUNNING", "phase": "student", "step": 1, "steps": 2})
     assert searcher.suggest("tune1") == StudySearcher.FINISHED
-    assert searcher.budget_reason == "budget.hours is 1: they are over"
+    assert searcher.budget_reason == "the budget of 1 hours is over"
     assert searcher.stop_reason is None
     assert states(study)[0] == "RUNNING"
     assert open_study(config_of(tmp_path), tmp_path / "study.db").unfinished() == [0]
@@ -528,7 +528,7 @@ def test_spent_accelerator_hours_start_nothing_more(study: Study, log: Log) -> N
     searcher = searcher_of(study, log, slots=1, accelerator_hours=5 / 3600)
     drive(searcher, succeed, 1)  # three seconds each
     assert study.num_done() == 2
-    assert searcher.budget_reason == "budget.accelerator_hours is 0.00138889: they are spent"
+    assert searcher.budget_reason == "the budget of 0.00138889 accelerator-hours is spent"
 
 
 def test_a_full_disk_pauses_the_search_with_one_line(tmp_path: Path, study: Study, log: Log) -> None:
