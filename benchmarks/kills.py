@@ -32,7 +32,6 @@ from search.study import load_record
 KINDS = ("independent", "tpe")
 TARGETS = ("driver", "worker", "worker", "server")
 TRIALS, KILLS_A_ROUND = 8, 25
-# Half of the kills wait for a worker first, so that not all of them fall into the seconds in which Ray starts.
 LONGEST_DELAY_S, LONGEST_START_S = 4.0, 30.0
 RERUNS_A_ROUND = 5
 SETTINGS = (
@@ -65,15 +64,19 @@ class Round:
         return sum(self.kills.values())
 
 
-def disturb(search: LiveSearch, server: Server, plan: Round, kills: int, trials: int, log: Path) -> None:
-    """Run a search to its end with so many kills on the way; more trials are asked for while kills are left."""
+def disturb(
+    search: LiveSearch, server: Server, plan: Round, targets: Sequence[str], longest_delay_s: float, log: Path
+) -> None:
+    """Run a search to its end with these kills on the way; more trials are asked for while kills are left."""
     rng, started = random.Random(plan.seed), time.monotonic()
+    kills, trials = len(targets), TRIALS
     while True:
         with log.open("a") as output:
             driver = search.start(trials, output)
             while plan.num_kills < kills and driver.poll() is None:
-                _wait(driver, search, rng)
-                _kill(rng.choice(TARGETS), search, server, driver, plan, rng)
+                target = targets[plan.num_kills]
+                _wait(driver, search, rng, longest_delay_s, for_a_worker=target == "worker")
+                _kill(target, search, server, driver, plan, rng)
             code = driver.wait()
         if plan.num_kills >= kills and code != -signal.SIGKILL:
             break
@@ -87,14 +90,16 @@ def disturb(search: LiveSearch, server: Server, plan: Round, kills: int, trials:
         plan.faults.append(f"the last driver ended with exit code {code}")
 
 
-def _wait(driver: subprocess.Popen[str], search: LiveSearch, rng: random.Random) -> None:
-    """A random time, or until the driver has ended."""
-    if rng.random() < 0.5:
+def _wait(
+    driver: subprocess.Popen[str], search: LiveSearch, rng: random.Random, longest_s: float, *, for_a_worker: bool
+) -> None:
+    """A random time, or until the driver has ended; half of the times from when there is a worker on."""
+    if for_a_worker or rng.random() < 0.5:
         deadline = time.monotonic() + LONGEST_START_S
         while driver.poll() is None and not search.workers() and time.monotonic() < deadline:
             time.sleep(0.05)
     try:
-        driver.wait(rng.uniform(0, LONGEST_DELAY_S))
+        driver.wait(rng.uniform(0, longest_s))
     except subprocess.TimeoutExpired:
         return
 
@@ -226,13 +231,22 @@ def tracking_faults(record: StudyRecord, url: str) -> list[str]:
     return faults
 
 
-def run_round(folder: Path, server: Server, kind: str, seed: int, kills: int, reference: StudyRecord | None) -> Round:
-    """One study, disturbed and checked."""
+def run_round(
+    folder: Path,
+    server: Server,
+    kind: str,
+    seed: int,
+    targets: Sequence[str],
+    reference: StudyRecord | None,
+    *,
+    longest_delay_s: float = LONGEST_DELAY_S,
+) -> Round:
+    """One study, disturbed by kills of these targets in turn, and checked."""
     plan = Round(kind, seed)
     with tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:
         search = live_search(folder / f"{kind}-{seed}", Path(ray_folder), server.url, kind, seed)
         try:
-            disturb(search, server, plan, kills, TRIALS, folder / f"{kind}-{seed}.log")
+            disturb(search, server, plan, targets, longest_delay_s, folder / f"{kind}-{seed}.log")
             check(search, server, plan, reference)
         except (TimeoutError, OSError) as error:
             plan.faults.append(f"{type(error).__name__}: {error}")
@@ -288,7 +302,8 @@ def _round(folder: Path, server: Server, seed: int, left: int) -> Round:
     if path.exists():
         return Round(**json.loads(path.read_text()))
     reference = undisturbed(folder, server, seed) if kind == "independent" else None
-    done = run_round(folder, server, kind, seed, min(KILLS_A_ROUND, left), reference)
+    targets = random.Random(seed).choices(TARGETS, k=min(KILLS_A_ROUND, left))
+    done = run_round(folder, server, kind, seed, targets, reference)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(asdict(done)))
     os.replace(unfinished, path)
