@@ -264,6 +264,7 @@ def undisturbed(folder: Path, server: Server, seed: int) -> StudyRecord:
     """The independent search of a seed without any kill, and with a few trials to spare."""
     with tempfile.TemporaryDirectory(prefix="ray-") as ray_folder:
         search = live_search(folder / f"undisturbed-{seed}", Path(ray_folder), server.url, "independent", seed)
+        search.settings = [*search.settings, "tracking.enabled=false"]  # nobody looks at its runs
         with (folder / f"undisturbed-{seed}.log").open("a") as output:
             code = search.start(TRIALS, output).wait()
         search.clean_up()
