@@ -3,7 +3,7 @@
 A round is one study: its search is started, disturbed by so many kills at random moments, started again whenever its
 driver was killed, and left to finish. Then everything that a search promises is checked. Rounds alternate between
 `independent` (suggestions depend on the trial's number only: the front must equal the undisturbed one's) and `tpe`
-(every stored result must equal a re-run of its parameters). A finished round is one file under DIR: the same command
+(five stored results must equal a re-run of their parameters). A finished round is one file under DIR: the same command
 goes on. The seed of a round is printed with it and makes its targets and delays.
 """
 

@@ -16,21 +16,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from benchmarks.learning_curves import SETTINGS as RECORDED
+from benchmarks.learning_curves import SPACE
 from benchmarks.machine import machine_lines
 from search.pareto import front, hypervolume_trace
 from search.records import StudyRecord
 from search.study import load_record
 
-SPACE = "fashion_mnist"
-SETTINGS = (
-    "network.width=8",
-    "data.train_images=4000",
-    "data.validation_images=400",
-    "student.epochs=18",
-    "verification.rungs=[pgd,ibp,crown,alpha_crown,branch_and_bound]",
-    "verification.branch_and_bound.timeout_s=3",
-    "tracking.enabled=false",
-)
+# The small trainings that were recorded as learning curves, with a verification as searches have it.
+SETTINGS = (*(each for each in RECORDED if not each.startswith("verification.batch_size")), "tracking.enabled=false")
 ARMS = {"without stopping": ("stopping=false",), "with stopping": ()}
 COLOURS = {"without stopping": "#8C8C8C", "with stopping": "#0072B2"}
 SHARES = (0.25, 0.5, 0.75, 1.0)

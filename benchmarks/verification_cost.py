@@ -24,7 +24,9 @@ import torch
 from benchmarks.machine import machine_lines
 from ccdist import checkpoint
 from ccdist.atomic_files import write_text
+from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.data import load_dataset
+from search.errors import UserError
 from search.pareto import front
 from search.places import TrialPlaces
 from search.records import RungValues, TrialRecord, TrialResult
@@ -199,7 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     url = f"sqlite:///{options.storage.resolve() / 'study.db'}"
-    pool = record_pool(url, options.storage / "artifacts", options.study, options.out)
+    try:
+        pool = record_pool(url, options.storage / "artifacts", options.study, options.out)
+    except (UserError, CorruptCheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print("\n".join([*machine_lines(), *report_lines(pool, options.replays, options.seed)]))
     return 0
 

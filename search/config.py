@@ -148,7 +148,11 @@ class StoppingConfig(Config):
 
 def _on_or_off(value: Any) -> Any:
     """`stopping: false` is short for turning every kind off, `true` for the defaults."""
-    return {True: {}, False: {"verification": False, "training": "off"}}[value] if isinstance(value, bool) else value
+    if isinstance(value, bool):
+        return {} if value else {"verification": False, "training": "off"}
+    if not isinstance(value, dict | StoppingConfig):
+        raise ValueError("expected true, false, or a mapping such as {training: off}")
+    return value
 
 
 class ResourcesConfig(Config):

@@ -44,7 +44,7 @@ _HOLDER = """
     WHERE l.locktype = 'advisory' AND l.granted AND l.classid = :high AND l.objid = :low AND l.objsubid = 1
       AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 """
-# The server looks after this session as closely as the client does, and never ends it for being idle. Settings that
+# The server watches this connection as closely as the client does, and never ends it for being idle. Settings that
 # an older server lacks are left out.
 _SETTINGS = """
     SELECT set_config(name, value, false) FROM pg_settings JOIN (VALUES ('tcp_keepalives_idle', '10'),

@@ -183,7 +183,9 @@ def test_every_sampler_takes_stopped_trials(sampler: dict[str, Any], tmp_path: P
     for tell_stopped in (
         ("values", "constraint") if sampler["kind"] == "gp" else ("values", "constraint", "pruned", "nothing")
     ):
-        suggest(config.search.sampler, 7, history, space, floors=FLOORS, tell_stopped=tell_stopped)
+        suggested = suggest(config.search.sampler, 7, history, space, floors=FLOORS, tell_stopped=tell_stopped)
+        space.recipe(suggested.params, 9)  # valid, whatever the sampler was told
+        assert set(suggested.params) == set(suggested.distributions) != set()
 
 
 def test_what_is_expected_stays_within_fractions_and_needs_no_finished_trial() -> None:

@@ -138,7 +138,7 @@ def test_sqlite_on_a_network_file_system_is_refused(path: str, kind: str) -> Non
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
-        ("/work/study.db", "overlay"),
+        ("/opt/study.db", "overlay"),
         ("/homes/study.db", "overlay"),  # no part of /home
         ("/data/study.db", "ext4"),
         ("/home/me/scratch/study.db", "xfs"),
