@@ -2,11 +2,15 @@
 
 Two studies of one space, seed and machine: hypervolume against core-seconds, as a table and as a figure. The studies
 are real ones under DIR: the same command goes on with them, `search.front` shows them.
+
+What a driver costs is printed, too: its processor seconds less those of a second call, which finds nothing to do, and
+their share of the seconds that its trials took in this call.
 """
 
 import argparse
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +32,14 @@ SETTINGS = (*(each for each in RECORDED if not each.startswith("verification.bat
 ARMS = {"without stopping": ("stopping=false",), "with stopping": ()}
 COLOURS = {"without stopping": "#8C8C8C", "with stopping": "#0072B2"}
 SHARES = (0.25, 0.5, 0.75, 1.0)
+# Without workers and Ray's own processes, which are others.
+TIMED_DRIVER = """
+import pathlib, sys, time
+from search.run import main
+code = main(sys.argv[2:])
+pathlib.Path(sys.argv[1]).write_text(str(time.process_time()))
+sys.exit(code)
+"""
 
 
 @dataclass(frozen=True)
@@ -50,11 +62,38 @@ def folder_of(out: Path, arm: str, seed: int) -> Path:
     return out / f"{arm.replace(' ', '-')}-{seed}"
 
 
-def search_command(out: Path, arm: str, seed: int, trials: int) -> list[str]:
+def search_arguments(out: Path, arm: str, seed: int, trials: int) -> list[str]:
+    """Of `search.run`."""
     settings = [*SETTINGS, *ARMS[arm], f"search.seed={seed}"]
     flags = [flag for setting in settings for flag in ("--set", setting)]
-    storage = str(folder_of(out, arm, seed))
-    return [sys.executable, "-m", "search.run", SPACE, "--storage", storage, "--trials", str(trials), *flags]
+    return [SPACE, "--storage", str(folder_of(out, arm, seed)), "--trials", str(trials), *flags]
+
+
+def drive(arguments: Sequence[str]) -> float:
+    """Run a search and give its driver's processor seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = Path(folder, "seconds")
+        subprocess.run([sys.executable, "-c", TIMED_DRIVER, str(seconds), *arguments], check=True)
+        return float(seconds.read_text())
+
+
+def run_search(out: Path, arm: str, seed: int, trials: int) -> str:
+    """Bring a study to so many trials; what its driver cost in one line."""
+    known = trial_seconds(stored(out, arm, seed)) if (folder_of(out, arm, seed) / "study.db").exists() else 0.0
+    arguments = search_arguments(out, arm, seed, trials)
+    busy = drive(arguments)
+    spent = trial_seconds(stored(out, arm, seed)) - known
+    if spent == 0:
+        return f"{arm}: all trials were there"
+    idle = drive(arguments)
+    return (
+        f"{arm}: driver {busy:.1f} s of a processor, {idle:.1f} s of them to start and to report; the rest is "
+        f"{(busy - idle) / spent:.2%} of the {spent:.0f} s of its trials"
+    )
+
+
+def trial_seconds(record: StudyRecord) -> float:
+    return sum(trial.seconds or 0.0 for trial in record.done)
 
 
 def stored(out: Path, arm: str, seed: int) -> StudyRecord:
@@ -75,11 +114,11 @@ def table_lines(records: dict[str, StudyRecord]) -> list[str]:
     """One row for each arm: trials, cost, front, and the hypervolume at shares of the dearer arm's seconds."""
     curves = {arm: curve_of(record) for arm, record in records.items()}
     whole = max(curve.seconds[-1] for curve in curves.values())
-    final = curves["without stopping"].area[-1]
+    final = next(iter(curves.values())).area[-1]
     lines = [
         "| search | trials | stopped in training / in verification | core-seconds | front | "
         + " | ".join(f"hypervolume at {share:.0%}" for share in SHARES)
-        + " | core-seconds to the final hypervolume without stopping |",
+        + " | core-seconds to the first row's final hypervolume |",
         "|---" * (6 + len(SHARES)) + "|",
     ]
     for arm, record in records.items():
@@ -120,13 +159,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=1, help="searches of each kind")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS), help="only these kinds")
     parser.add_argument("--figure", type=Path, help="where the first seed's curves are drawn")
     options = parser.parse_args(arguments)
     print("\n".join(machine_lines()))
     for seed in range(options.seeds):
-        for arm in ARMS:
-            subprocess.run(search_command(options.out, arm, seed, options.trials), check=True)
-        records = {arm: stored(options.out, arm, seed) for arm in ARMS}
+        for arm in options.arms:
+            print(run_search(options.out, arm, seed, options.trials))
+        records = {arm: stored(options.out, arm, seed) for arm in options.arms}
         print(f"\nseed {seed}\n" + "\n".join(table_lines(records)))
         if options.figure is not None and seed == 0:
             draw(records, options.figure)

@@ -63,14 +63,16 @@ def suggest(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     shown = shown_trials(sampler, history, floors)
-    past = list(frozen_trials(shown, history, space, floors, tell_stopped))
+    # Genetic samplers breed a generation once it is complete, from what its trials became.
+    genetic = isinstance(sampler, NSGA2Config | NSGA3Config)
+    seen = {"early": not genetic, "filled": isinstance(sampler, GPConfig)}
+    past = list(frozen_trials(shown, history, space, floors, tell_stopped, **seen))
     storage = View(past)
     study = optuna.create_study(storage=storage, directions=DIRECTIONS, sampler=make_sampler(sampler, seed))
     for key, value in notes(sampler, history).items():
         storage.set_study_system_attr(study._study_id, key, value)
     before = set(storage.get_study_system_attrs(study._study_id))
     trial = study.ask()
-    genetic = isinstance(sampler, NSGA2Config | NSGA3Config)
     if genetic:
         _ = trial.relative_params  # a trial whose parameters are all fixed belongs to the generation, too
     params = space.suggest(_WithFixed(trial, fixed or {}))

@@ -5,18 +5,20 @@ The view numbers trials from 1; its number 0 is the trial that is asked for.
 
 import datetime
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import pareto
 from search.config import NSGA2Config, NSGA3Config, RandomConfig, SamplerConfig
+from search.forecast import Forecast, forecast
 from search.records import OBJECTIVES, TrialRecord
 from search.space import Space
 
@@ -74,12 +76,10 @@ def floor_constraints(floors: Mapping[str, float], worst: Point) -> dict[str, fl
 class Expectations:
     """What finished trials let one expect of those that were stopped.
 
-    A trial whose training was stopped is expected at
-
-        values at its last rung + mean over finished trials that reached that rung of (result - values there)
-
-    within [0, 1]; with no such finished trial the mean is 0. A trial whose verification was stopped has its standard
-    accuracy, and its certified accuracy is expected where its rungs say, within its interval; without rungs at
+    A trial without a result is expected where its last rung leads: at the `search.forecast` of the finished trials
+    that have reached that rung, within [0, 1], and at its values there if none has. A trial whose verification was
+    stopped has its standard accuracy, and its certified accuracy is expected where its rungs say, within its interval;
+    without rungs at
 
         upper end * sum of certified accuracies of finished trials / sum of their adversarial accuracies
 
@@ -93,10 +93,10 @@ class Expectations:
     def __init__(self, trials: Sequence[TrialRecord]) -> None:
         verified = (trial for trial in reversed(trials) if trial.objectives and trial.verification_state != "stopped")
         self._finished = list(itertools.islice(verified, EXPECTED_FROM))
-        self._shifts: dict[str, Point | None] = {}
+        self._forecasts: dict[str, Forecast | None] = {}
 
     def of(self, trial: TrialRecord) -> Point:
-        """The objectives of a COMPLETE trial, or of a STOPPED one with a rung, as the sampler is told them."""
+        """The objectives of a COMPLETE trial, or of another one with a rung, as the sampler is told them."""
         if trial.objectives is None:
             standard, certified = self._from_rung(trial) or _last_values(trial)
             return standard, certified
@@ -116,20 +116,20 @@ class Expectations:
     def _from_rung(self, trial: TrialRecord) -> Point | None:
         """Where the trial's last rung leads; None: no finished trial has reached it."""
         rung = next(reversed(trial.rungs))
-        if rung not in self._shifts:
-            self._shifts[rung] = self._shift(rung)
-        shift = self._shifts[rung]
-        if shift is None:
+        if rung not in self._forecasts:
+            self._forecasts[rung] = self._forecast(rung)
+        found = self._forecasts[rung]
+        if found is None:
             return None
-        standard, certified = _last_values(trial)
-        return min(1.0, max(0.0, standard + shift[0])), min(1.0, max(0.0, certified + shift[1]))
+        standard, certified = np.clip(found.of(np.array(_values(trial, rung))), 0.0, 1.0).tolist()
+        return standard, certified
 
-    def _shift(self, rung: str) -> Point | None:
-        changes = np.array([_change(trial, rung) for trial in self._finished if rung in trial.rungs])
-        if not len(changes):
+    def _forecast(self, rung: str) -> Forecast | None:
+        witnesses = [trial for trial in self._finished if rung in trial.rungs]
+        if not witnesses:
             return None
-        shift = changes.mean(axis=0)
-        return float(shift[0]), float(shift[1])
+        values = np.array([_values(trial, rung) for trial in witnesses])
+        return forecast(values, np.array([trial.objectives for trial in witnesses]))
 
     def _proved_share(self) -> float:
         attacked = sum(trial.adversarial_accuracy or 0.0 for trial in self._finished)
@@ -138,14 +138,11 @@ class Expectations:
 
 
 def _last_values(trial: TrialRecord) -> Point:
-    values = next(reversed(trial.rungs.values()))
-    return values.standard_accuracy, values.certified_accuracy
+    return _values(trial, next(reversed(trial.rungs)))
 
 
-def _change(trial: TrialRecord, rung: str) -> Point:
-    assert trial.objectives is not None
-    values = trial.rungs[rung]
-    return trial.objectives[0] - values.standard_accuracy, trial.objectives[1] - values.certified_accuracy
+def _values(trial: TrialRecord, rung: str) -> Point:
+    return trial.rungs[rung].standard_accuracy, trial.rungs[rung].certified_accuracy
 
 
 def frozen_trials(
@@ -154,26 +151,51 @@ def frozen_trials(
     space: Space,
     floors: Mapping[str, float],
     tell_stopped: TellStopped,
+    *,
+    early: bool = False,
+    filled: bool = False,
 ) -> Iterator[FrozenTrial]:
     """The shown trials as Optuna's, by number.
 
     A Gaussian process wants equally many constraints in every COMPLETE trial, so `stopped` is in all of them or none.
+
+    Args:
+        early: a trial that runs and has a rung is told as COMPLETE with what is expected of it. A sampler that waits
+            for results knows nothing of its last suggestions, as many as there are slots; unless it is told nothing
+            of stopped trials either, for then what is expected is nothing that it hears.
+        filled: a parameter that a trial does not have, since a switch is off, stands in the middle of its range.
+            Optuna's Gaussian process models parameters that all trials have, and draws others at random for ever.
     """
     expected = Expectations(history.trials)
+    middles = {name: middle(each.distribution) for name, each in space.parameters.items()} if filled else {}
+    by_values = tell_stopped in ("constraint", "values")
     stopped = any(trial.state == "STOPPED" and trial.rungs for trial in shown) and tell_stopped == "constraint"
     for trial in shown:
+        params = middles | trial.params
         own = {key: value for key, value in history.attributes.get(trial.number, {}).items() if key != NOTES}
-        if trial.state in ("RUNNING", "WAITING"):
-            yield _PastTrial(trial, space, TrialState.RUNNING, own)
+        runs = trial.state in ("RUNNING", "WAITING")
+        if runs and not (early and by_values and trial.rungs):
+            yield _PastTrial(trial.number, params, space, TrialState.RUNNING, own)
         elif trial.objectives is not None:
             constraints = floor_constraints(floors, trial.objectives) | ({STOPPED: 0.0} if stopped else {})
-            yield _PastTrial(trial, space, TrialState.COMPLETE, own, expected.of(trial), constraints)
-        elif trial.rungs and tell_stopped in ("constraint", "values"):
+            yield _PastTrial(trial.number, params, space, TrialState.COMPLETE, own, expected.of(trial), constraints)
+        elif trial.rungs and by_values:
             point = expected.of(trial)
-            constraints = floor_constraints(floors, point) | ({STOPPED: 1.0} if stopped else {})
-            yield _PastTrial(trial, space, TrialState.COMPLETE, own, point, constraints)
+            constraints = floor_constraints(floors, point) | ({STOPPED: float(not runs)} if stopped else {})
+            yield _PastTrial(trial.number, params, space, TrialState.COMPLETE, own, point, constraints)
         elif tell_stopped == "pruned":
-            yield _PastTrial(trial, space, TrialState.PRUNED, own)
+            yield _PastTrial(trial.number, params, space, TrialState.PRUNED, own)
+
+
+def middle(distribution: BaseDistribution) -> Any:
+    """A value in the middle of a parameter's range, on its own scale; of choices the first."""
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return choices[0]
+        case IntDistribution(low=low, high=high, log=log) | FloatDistribution(low=low, high=high, log=log):
+            center = math.sqrt(low * high) if log else (low + high) / 2
+            return int(center) if isinstance(distribution, IntDistribution) else center
+    raise ValueError(f"no middle of {distribution!r}; expected a number's range or choices")
 
 
 class _PastTrial(FrozenTrial):
@@ -181,7 +203,8 @@ class _PastTrial(FrozenTrial):
 
     def __init__(
         self,
-        trial: TrialRecord,
+        number: int,
+        params: dict[str, Any],
         space: Space,
         state: TrialState,
         attributes: Attributes,
@@ -189,15 +212,15 @@ class _PastTrial(FrozenTrial):
         constraints: dict[str, float] | None = None,
     ) -> None:
         super().__init__(
-            number=trial.number + 1,
-            trial_id=trial.number + 1,
+            number=number + 1,
+            trial_id=number + 1,
             state=state,
             value=None,
             values=values,
             datetime_start=_SOME_TIME,
             datetime_complete=_SOME_TIME if state.is_finished() else None,
-            params=trial.params,
-            distributions=distributions(space, trial.params),
+            params=params,
+            distributions=distributions(space, params),
             user_attrs={},
             system_attrs=dict(attributes),
             intermediate_values={},

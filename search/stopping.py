@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.config import StoppingConfig
+from search.forecast import forecast
 from search.pareto import beaten_by, contributions, layers
 from search.records import TrialResult
 from search.standings import Standings, Witnesses
@@ -99,7 +100,7 @@ def judge_rung(
         standings: the study.
         config: `keep`, `peers` and `agreement`.
         reference: hypervolume reference (standard, certified), fractions.
-        margin: spreads added to the extrapolated result of guard 5; None: without this guard.
+        margin: spreads of the forecast that guard 5 adds to it; None: without this guard.
 
     Returns:
         None, or who dominates it there and both points, in one line.
@@ -191,18 +192,18 @@ def agreement(witnesses: Witnesses) -> float | None:
 
 
 def hoped(values: NDArray[np.float64], witnesses: Witnesses, margin: float) -> NDArray[np.float64] | None:
-    """The result that a trial may hope for, shape [2]: what it has at the rung, and what others gained from there on.
+    """The result that a trial may hope for, shape [2]: where `search.forecast` sees it, and more.
 
-        values + mean(gain) + margin * standard deviation(gain),  gain = result - values at the rung
+        forecast + margin * spread of the forecast
 
     Returns:
         None with fewer than `MIN_WITNESSES` trials that were verified to the end.
     """
-    gains = witnesses.final - witnesses.rung
-    gains = gains[~np.isnan(gains[:, 1])]
-    if len(gains) < MIN_WITNESSES:
+    verified = ~np.isnan(witnesses.final[:, 1])
+    if np.count_nonzero(verified) < MIN_WITNESSES:
         return None
-    result: NDArray[np.float64] = values + gains.mean(axis=0) + margin * gains.std(axis=0, ddof=1)
+    found = forecast(witnesses.rung[verified], witnesses.final[verified])
+    result: NDArray[np.float64] = found.of(values) + margin * found.spread
     return result
 
 

@@ -124,5 +124,5 @@ def result(standard: float = 0.9, certified: float = 0.5, **changes: Any) -> Tri
 def closed_form(params: Mapping[str, Any]) -> TrialResult:
     """A known front: a larger alpha gives up standard accuracy for certified accuracy, a warm-up costs both."""
     share = math.log(params["alpha"] / 0.01) / math.log(100)
-    loss = params["warm_up"] + (0.05 if params["loss"] == "no_distillation" else 0.0)
+    loss = params["warm_up"] + (0.05 if params.get("loss") == "no_distillation" else 0.0)
     return result(1 - 0.5 * share**2 - loss, 0.8 * share**0.5 * (1 - loss))

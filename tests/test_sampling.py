@@ -8,17 +8,17 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 from studies import closed_form, config_of
 
 from search import pareto
-from search.config import NSGA2Config, RandomConfig, SearchConfig, TPEConfig
+from search.config import GPConfig, NSGA2Config, NSGA3Config, RandomConfig, SearchConfig, TPEConfig
 from search.proposal import DRAWS, Proposal, repetition
 from search.recipe import derive_seed
 from search.records import RungValues, TrialRecord
 from search.sampling import DIRECTIONS, Suggested, make_sampler, suggest
-from search.sampling_view import VIEW_SIZES, Expectations, History, frozen_trials, shown_trials, thinned
+from search.sampling_view import VIEW_SIZES, Expectations, History, frozen_trials, middle, shown_trials, thinned
 from search.space import Space
 
 FLOORS = {"standard_accuracy": 0.6, "certified_accuracy": 0.3}
@@ -77,8 +77,13 @@ def config(tmp_path: Path) -> SearchConfig:
 @pytest.mark.timeout(60)  # the first suggestion of a Gaussian process pays for an import
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler["kind"])
 def test_the_view_answers_as_optunas_own_study_does(sampler: dict[str, Any], tmp_path: Path) -> None:
-    """Oracle: Optuna asked and told in its own in-memory study, with the same seed before each question."""
-    config = config_of(tmp_path, search__sampler=sampler)
+    """Oracle: Optuna asked and told in its own in-memory study, with the same seed before each question.
+
+    The Gaussian process gets a space without switches: where some are, it is told more than Optuna's own study holds.
+    """
+    loss = {"kind": "cc_dist", "alpha": {"low": 0.01, "high": 1.0, "log": True}, "beta": {"low": 1, "high": 9}}
+    changes = {"student__loss": loss, "search__points": None} if sampler["kind"] == "gp" else {}
+    config = config_of(tmp_path, search__sampler=sampler, **changes)
     space, options = Space(config), config.search
     study, history = optuna.create_study(directions=DIRECTIONS), History()
     for number in range(6 if sampler["kind"] == "gp" else 17):
@@ -170,6 +175,80 @@ def test_what_is_told_of_a_stopped_trial(config: SearchConfig) -> None:
     assert not any(trial.constraints for trial in view("nothing", {}))
 
 
+def test_a_running_trial_with_a_rung_is_told_with_what_is_expected_of_it(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    space = Space(config)
+    params = [suggest(RandomConfig(), number, History(), space, floors={}).params for number in range(4)]
+    trials = (
+        record(0, standard=0.6, certified=0.3, params=params[0], rungs=rungs(a=(0.5, 0.1))),
+        record(1, "RUNNING", params=params[1], rungs=rungs(a=(0.4, 0.2))),
+        record(2, "RUNNING", params=params[2]),
+        record(3, "STOPPED", params=params[3], rungs=rungs(a=(0.4, 0.1))),
+    )
+    history = History(trials)
+
+    def view(tell_stopped: Any, early: bool) -> list[optuna.trial.FrozenTrial]:
+        return list(frozen_trials(trials, history, space, FLOORS, tell_stopped, early=early))
+
+    told = view("values", True)
+    assert [trial.state for trial in told] == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING, TrialState.COMPLETE]
+    assert told[1].values == pytest.approx([0.5, 0.4])  # the only finished trial gained (0.1, 0.2)
+    assert told[1].params == params[1]
+    assert set(told[1].constraints) == set(FLOORS)
+    assert [trial.constraints["stopped"] for trial in view("constraint", True) if trial.values] == [0, 0, 1]
+    for tell_stopped, early in (("values", False), ("pruned", True), ("nothing", True)):
+        assert view(tell_stopped, early)[1].state == TrialState.RUNNING
+
+
+def test_a_gaussian_process_models_parameters_that_some_trials_lack(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, history = Space(config), History()
+    for number in range(6):
+        history = told(space, history, suggest(RandomConfig(), number, history, space, floors={}))
+    assert {"beta" in trial.params for trial in history.trials} == {True, False}
+    filled = list(frozen_trials(history.trials, history, space, {}, "values", filled=True))
+    assert all(set(trial.params) == set(trial.distributions) == set(space.parameters) for trial in filled)
+    assert {trial.params["beta"] for trial in filled} >= {5.0}  # between 0.5 and 50 on a logarithmic scale
+    for number, trial in enumerate(history.trials):
+        assert filled[number].params.items() >= trial.params.items()
+
+    def by_chance(self: Any, study: Any, trial: Any, name: str, distribution: Any) -> Any:
+        raise AssertionError(f"{name} is drawn at random")
+
+    monkeypatch.setattr(optuna.samplers.RandomSampler, "sample_independent", by_chance)
+    for seed in range(3):
+        suggest(GPConfig(startup_trials=5), seed, history, space, floors={})
+
+
+@pytest.mark.parametrize(
+    ("distribution", "value"),
+    [
+        (FloatDistribution(0.01, 1.0, log=True), 0.1),
+        (FloatDistribution(0, 0.1), 0.05),
+        (IntDistribution(1, 4), 2),
+        (IntDistribution(2, 32, log=True), 8),
+        (CategoricalDistribution(["b", "a"]), "b"),
+    ],
+)
+def test_the_middle_of_a_range(distribution: Any, value: Any) -> None:
+    assert middle(distribution) == pytest.approx(value)
+    assert distribution._contains(distribution.to_internal_repr(middle(distribution)))
+
+
+def test_genetic_samplers_are_not_told_early(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    early = []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        early.append(options["early"])
+        return frozen_trials(*args, **options)
+
+    monkeypatch.setattr("search.sampling.frozen_trials", watched)
+    for sampler in (TPEConfig(), GPConfig(), NSGA2Config(), NSGA3Config()):
+        suggest(sampler, 0, History(), Space(config), floors={})
+    assert early == [True, True, False, False]
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: sampler["kind"])
 def test_every_sampler_takes_stopped_trials(sampler: dict[str, Any], tmp_path: Path) -> None:
@@ -197,7 +276,7 @@ def test_what_is_expected_stays_within_fractions_and_needs_no_finished_trial() -
 
 
 def test_what_is_expected_of_a_verification_that_was_stopped() -> None:
-    """Its rung's values and the mean gain of 0.1, or 0.3 / 0.6 of its upper end; never outside of its interval."""
+    """Its rung's values and the only gain of 0.1, or 0.3 / 0.6 of its upper end; never outside of its interval."""
     finished = record(0, standard=0.7, certified=0.3, adversarial_accuracy=0.6, rungs=rungs(a=(0.5, 0.2)))
     interval = {"certified": 0.1, "certified_upper": 0.5, "verification_state": "stopped", "expected_certified": 0.12}
     with_rung = record(1, standard=0.8, rungs=rungs(a=(0.5, 0.25)), **interval)

@@ -269,15 +269,16 @@ def test_a_rung_that_misleads_stops_nobody() -> None:
 
 
 def test_a_margin_lets_go_on_what_may_still_reach_the_front() -> None:
-    # From the rung on, the five gained (0, .1), (0, .2), ..., (0, .5): .3 in the mean, with a spread of sqrt(.025).
+    # From the rung on, the five gained (0, .1), (0, .3), (0, .5), (0, .3), (0, .1): as they are symmetric, the slope
+    # is the identity, the forecast a gain of .26, and its spread sqrt(.112 / (4 - 10 / 9)).
     rungs = [(0.5, 0.1), (0.6, 0.1), (0.7, 0.1), (0.8, 0.1), (0.9, 0.1)]
-    finals = [(x, y + (k + 1) / 10) for k, (x, y) in enumerate(rungs)]
-    told = witnesses(rungs, finals)
-    assert hoped(np.array([0.5, 0.2]), told, 2.0) == pytest.approx([0.5, 0.5 + 2 * math.sqrt(0.025)])
+    finals = [(x, y + gain) for (x, y), gain in zip(rungs, (0.1, 0.3, 0.5, 0.3, 0.1), strict=True)]
+    told, spread = witnesses(rungs, finals), math.sqrt(0.112 / (4 - 10 / 9))
+    assert hoped(np.array([0.5, 0.2]), told, 2.0) == pytest.approx([0.5, 0.46 + 2 * spread])
     assert hoped(np.array([0.5, 0.2]), witnesses(rungs[:4], finals[:4]), 2.0) is None
     done = [record(n, rung=p, worst=q) for n, (p, q) in enumerate(zip(rungs, finals, strict=True))]
     standings = Standings([*done, record(5, rung=(0.55, 0.05))])
-    # It may hope for (.55, .35 + .158 * margin); the front holds (.9, .6).
+    # It may hope for (.55, .31 + .197 * margin); the front holds (.7, .6).
     for margin, stops in [(None, True), (0.0, True), (1.0, True), (2.0, False)]:
         assert (judge_rung(5, RUNG, standings, RULE, ORIGIN, margin=margin) is not None) == stops
 
