@@ -52,7 +52,7 @@ class NSGA3Config(Config):
 
 class GPConfig(Config):
     kind: Literal["gp"] = "gp"
-    startup_trials: int = Field(5, ge=1, description="random trials before the model is used")
+    startup_trials: int = Field(10, ge=1, description="random trials before the model is used")
 
 
 class RandomConfig(Config):

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from search import pareto
 from search.config import GPConfig, NSGA2Config, NSGA3Config, RandomConfig, SamplerConfig, SearchOptions, TPEConfig
+from search.crowding import is_crowded
 from search.recipe import derive_seed
 from search.records import TrialRecord, TrialState
 from search.sampling import Suggested, suggest
@@ -37,7 +38,7 @@ class Proposal:
         for attempt in range(1 + DRAWS):
             drawn.append(self.draw(self.options.sampler, attempt))
             if not self._states(drawn[-1]):
-                return drawn[-1]
+                return self._elsewhere(drawn[-1])
         return self._further_seed(drawn)
 
     def draw(self, sampler: SamplerConfig, attempt: int, fixed: Mapping[str, object] | None = None) -> Suggested:
@@ -52,6 +53,21 @@ class Proposal:
             tell_stopped=self.tell_stopped,
             fixed=fixed,
         )
+
+    def _elsewhere(self, suggested: Suggested) -> Suggested:
+        """What a Gaussian process suggests, unless that place is crowded: then what TPE does, or chance.
+
+        Where everything is crowded, it is right. Other samplers spread by themselves.
+        """
+        if not isinstance(self.options.sampler, GPConfig) or not self._is_crowded(suggested):
+            return suggested
+        samplers: tuple[SamplerConfig, ...] = (TPEConfig(), RandomConfig())
+        others = (self.draw(sampler, 1 + 2 * DRAWS + place) for place, sampler in enumerate(samplers))
+        return next((each for each in others if not self._is_crowded(each) and not self._states(each)), suggested)
+
+    def _is_crowded(self, suggested: Suggested) -> bool:
+        known = {name: parameter.distribution for name, parameter in self.space.parameters.items()}
+        return is_crowded(suggested.params, known, self.history.trials)
 
     def _further_seed(self, drawn: Sequence[Suggested]) -> Suggested:
         """The last of what the sampler insists on, unless that would be stopped again: then a random trial.
