@@ -105,8 +105,11 @@ OURS = Rival("ours")
 
 
 def stock_rivals() -> list[Rival]:
-    """Without stopping."""
-    return [Rival(name, {"sampler": sampler}, NO_STOPPING) for name, sampler in STOCK_SAMPLERS.items()]
+    """Without stopping; they see what Optuna's own study would hold."""
+    return [
+        Rival(name, {"sampler": sampler}, NO_STOPPING, tell_stopped="pruned")
+        for name, sampler in STOCK_SAMPLERS.items()
+    ]
 
 
 def asha_rivals() -> list[Rival]:

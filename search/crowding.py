@@ -4,12 +4,12 @@ A Gaussian process that takes noise for promise suggests one place again and aga
 parameters up to half of all trials lay within a tenth of every range; they cost what new places would have cost.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 
+from search.ranges import distance
 from search.records import TrialRecord
 
 NEAR = 0.1  # of a parameter's range, on its own scale
@@ -39,16 +39,5 @@ def is_crowded(params: Mapping[str, Any], distributions: Distributions, trials: 
 def is_near(first: Mapping[str, Any], second: Mapping[str, Any], distributions: Distributions) -> bool:
     """Whether two trials have the same parameters, equal choices, and no number further apart than `NEAR`."""
     return first.keys() == second.keys() and all(
-        _distance(first[name], second[name], distributions[name]) <= NEAR for name in first
+        distance(first[name], second[name], distributions[name]) <= NEAR for name in first
     )
-
-
-def _distance(first: Any, second: Any, distribution: BaseDistribution) -> float:
-    """As a share of the range; between different choices it is infinite."""
-    if not isinstance(distribution, FloatDistribution | IntDistribution):
-        return 0.0 if first == second else math.inf
-    low, high = distribution.low, distribution.high
-    if low == high:
-        return 0.0
-    share = math.log(first / second) / math.log(high / low) if distribution.log else (first - second) / (high - low)
-    return float(abs(share))

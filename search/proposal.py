@@ -11,7 +11,7 @@ from search.crowding import is_crowded
 from search.recipe import derive_seed
 from search.records import TrialRecord, TrialState
 from search.sampling import Suggested, suggest
-from search.sampling_view import TELL_STOPPED, History, TellStopped, distributions
+from search.sampling_view import TELL_STOPPED, History, TellStopped, distributions, is_by_values
 from search.space import Space
 
 DRAWS = 8  # further draws for a suggestion that was tried already
@@ -59,7 +59,8 @@ class Proposal:
 
         Where everything is crowded, it is right. Other samplers spread by themselves.
         """
-        if not isinstance(self.options.sampler, GPConfig) or not self._is_crowded(suggested):
+        ours = isinstance(self.options.sampler, GPConfig) and is_by_values(self.tell_stopped)
+        if not ours or not self._is_crowded(suggested):
             return suggested
         samplers: tuple[SamplerConfig, ...] = (TPEConfig(), RandomConfig())
         others = (self.draw(sampler, 1 + 2 * DRAWS + place) for place, sampler in enumerate(samplers))

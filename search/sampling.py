@@ -23,6 +23,7 @@ from search.sampling_view import (
     View,
     distributions,
     frozen_trials,
+    is_by_values,
     notes,
     shown_trials,
 )
@@ -58,15 +59,18 @@ def suggest(
         history: what it may know.
         space: what is searched.
         floors: least useful value by objective, in [0, 1); a trial below one is infeasible.
-        tell_stopped: what it is told of trials whose training was stopped.
+        tell_stopped: what it is told of trials whose training was stopped; what is expected of trials that run, and
+            parameters that a trial does not have, are told with it.
         fixed: values of parameters that are not its choice.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     shown = shown_trials(sampler, history, floors)
+    by_values = is_by_values(tell_stopped)
     # Genetic samplers breed a generation once it is complete, from what its trials became.
     genetic = isinstance(sampler, NSGA2Config | NSGA3Config)
-    seen = {"early": not genetic, "filled": isinstance(sampler, GPConfig)}
-    past = list(frozen_trials(shown, history, space, floors, tell_stopped, **seen))
+    filled = by_values and isinstance(sampler, GPConfig)
+    early = by_values and not genetic
+    past = list(frozen_trials(shown, history, space, floors, tell_stopped, early=early, filled=filled))
     storage = View(past)
     study = optuna.create_study(storage=storage, directions=DIRECTIONS, sampler=make_sampler(sampler, seed))
     for key, value in notes(sampler, history).items():

@@ -5,20 +5,20 @@ The view numbers trials from 1; its number 0 is the trial that is asked for.
 
 import datetime
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search import pareto
 from search.config import NSGA2Config, NSGA3Config, RandomConfig, SamplerConfig
 from search.forecast import Forecast, forecast
+from search.ranges import value_at
 from search.records import OBJECTIVES, TrialRecord
 from search.space import Space
 
@@ -27,10 +27,17 @@ from search.space import Space
 TellStopped = Literal["values", "constraint", "pruned", "nothing"]
 TELL_STOPPED: TellStopped = "values"
 
+
+def is_by_values(tell_stopped: TellStopped) -> bool:
+    """Whether a sampler is told what is expected; else it sees what Optuna's own study would hold, and nothing more."""
+    return tell_stopped in ("values", "constraint")
+
+
 STOPPED = "stopped"  # the constraint's name
-# Told trials in a view: the time of a suggestion grows with them, and a Gaussian process takes a second with 200.
+# Ended trials in a view: the time of a suggestion grows with them, and a Gaussian process takes a second with 200.
 VIEW_SIZES = {"tpe": 250, "gp": 200}
 EXPECTED_FROM = 200  # finished trials, the most recent
+EARLY_FROM = 5  # finished trials at a rung before a running one is told by it
 
 GENERATION = ":generation"  # how Optuna's genetic samplers end the name under which a trial keeps its generation
 NOTES = "sampler_notes"  # what a sampler noted on the study while it suggested this trial
@@ -74,7 +81,7 @@ def floor_constraints(floors: Mapping[str, float], worst: Point) -> dict[str, fl
 
 
 class Expectations:
-    """What finished trials let one expect of those that were stopped.
+    """What finished trials let one expect of those that were stopped, or still run.
 
     A trial without a result is expected where its last rung leads: at the `search.forecast` of the finished trials
     that have reached that rung, within [0, 1], and at its values there if none has. A trial whose verification was
@@ -122,10 +129,17 @@ class Expectations:
         if found is None:
             return None
         standard, certified = np.clip(found.of(np.array(_values(trial, rung))), 0.0, 1.0).tolist()
-        return standard, certified
+        return standard, min(standard, certified)  # what is proved is classified correctly
+
+    def is_founded(self, trial: TrialRecord) -> bool:
+        """Whether enough finished trials have reached the trial's last rung to tell a sampler of it while it runs."""
+        return bool(trial.rungs) and len(self._witnesses(next(reversed(trial.rungs)))) >= EARLY_FROM
+
+    def _witnesses(self, rung: str) -> list[TrialRecord]:
+        return [trial for trial in self._finished if rung in trial.rungs]
 
     def _forecast(self, rung: str) -> Forecast | None:
-        witnesses = [trial for trial in self._finished if rung in trial.rungs]
+        witnesses = self._witnesses(rung)
         if not witnesses:
             return None
         values = np.array([_values(trial, rung) for trial in witnesses])
@@ -160,21 +174,21 @@ def frozen_trials(
     A Gaussian process wants equally many constraints in every COMPLETE trial, so `stopped` is in all of them or none.
 
     Args:
-        early: a trial that runs and has a rung is told as COMPLETE with what is expected of it. A sampler that waits
-            for results knows nothing of its last suggestions, as many as there are slots; unless it is told nothing
-            of stopped trials either, for then what is expected is nothing that it hears.
-        filled: a parameter that a trial does not have, since a switch is off, stands in the middle of its range.
-            Optuna's Gaussian process models parameters that all trials have, and draws others at random for ever.
+        early: a trial that runs is told as COMPLETE with what is expected of it, if that `is_founded`. A sampler that
+            waits for results knows nothing of its last suggestions, as many as there are slots.
+        filled: a parameter that a trial does not have, since a switch is off, gets some value of its range. Optuna's
+            Gaussian process models only parameters that all trials have, and draws others at random for ever. The
+            values differ: were they one, all others would look unexplored, and the sampler would ask for them there,
+            where they mean nothing.
     """
     expected = Expectations(history.trials)
-    middles = {name: middle(each.distribution) for name, each in space.parameters.items()} if filled else {}
-    by_values = tell_stopped in ("constraint", "values")
+    by_values = is_by_values(tell_stopped)
     stopped = any(trial.state == "STOPPED" and trial.rungs for trial in shown) and tell_stopped == "constraint"
     for trial in shown:
-        params = middles | trial.params
+        params = _filled(trial, space) if filled else trial.params
         own = {key: value for key, value in history.attributes.get(trial.number, {}).items() if key != NOTES}
         runs = trial.state in ("RUNNING", "WAITING")
-        if runs and not (early and by_values and trial.rungs):
+        if runs and not (early and expected.is_founded(trial)):
             yield _PastTrial(trial.number, params, space, TrialState.RUNNING, own)
         elif trial.objectives is not None:
             constraints = floor_constraints(floors, trial.objectives) | ({STOPPED: 0.0} if stopped else {})
@@ -187,15 +201,16 @@ def frozen_trials(
             yield _PastTrial(trial.number, params, space, TrialState.PRUNED, own)
 
 
-def middle(distribution: BaseDistribution) -> Any:
-    """A value in the middle of a parameter's range, on its own scale; of choices the first."""
-    match distribution:
-        case CategoricalDistribution(choices=choices):
-            return choices[0]
-        case IntDistribution(low=low, high=high, log=log) | FloatDistribution(low=low, high=high, log=log):
-            center = math.sqrt(low * high) if log else (low + high) / 2
-            return int(center) if isinstance(distribution, IntDistribution) else center
-    raise ValueError(f"no middle of {distribution!r}; expected a number's range or choices")
+def _filled(trial: TrialRecord, space: Space) -> dict[str, Any]:
+    """The trial's parameters, and those that it does not have at places that follow from its number."""
+    if len(trial.params) == len(space.parameters):
+        return trial.params
+    shares = np.random.default_rng(trial.number).random(len(space.parameters)).tolist()
+    everywhere = {
+        name: value_at(parameter.distribution, share)
+        for (name, parameter), share in zip(space.parameters.items(), shares, strict=True)
+    }
+    return everywhere | trial.params
 
 
 class _PastTrial(FrozenTrial):

@@ -14,7 +14,7 @@ from search.records import RungValues, TrialRecord, TrialResult
 from search.standings import Standings
 from search.stopping import judge_rung, judge_verification
 
-# Spreads of what finished trials gained after a rung that a trial may still hope for (docs/RESULTS.md has the choice).
+# Spreads above its forecast that a trial may still hope for (docs/RESULTS.md has the choice).
 MARGIN = 2.0
 
 

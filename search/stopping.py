@@ -203,7 +203,7 @@ def hoped(values: NDArray[np.float64], witnesses: Witnesses, margin: float) -> N
     if np.count_nonzero(verified) < MIN_WITNESSES:
         return None
     found = forecast(witnesses.rung[verified], witnesses.final[verified])
-    result: NDArray[np.float64] = found.of(values) + margin * found.spread
+    result: NDArray[np.float64] = found.of(values) + margin * found.spread(values)
     return result
 
 

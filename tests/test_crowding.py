@@ -90,6 +90,9 @@ def test_a_crowded_suggestion_of_a_gaussian_process_is_replaced(tmp_path: Any, m
 
     assert suggestion(GPConfig(), gp=nowhere) == nowhere
     assert suggestion(TPEConfig(), tpe=here) == here
+    monkeypatch.setattr("search.proposal.is_by_values", lambda tell_stopped: False)
+    assert suggestion(GPConfig(), gp=here) == here  # as Optuna's own
+    monkeypatch.undo()
     assert suggestion(GPConfig(), gp=here, tpe=nowhere, random=there) == nowhere
     assert suggestion(GPConfig(), gp=here, tpe=here | {"beta": 5.1}, random=nowhere) == nowhere
     asked.clear()

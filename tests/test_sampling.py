@@ -8,7 +8,7 @@ import optuna
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 from studies import closed_form, config_of
 
@@ -18,7 +18,15 @@ from search.proposal import DRAWS, Proposal, repetition
 from search.recipe import derive_seed
 from search.records import RungValues, TrialRecord
 from search.sampling import DIRECTIONS, Suggested, make_sampler, suggest
-from search.sampling_view import VIEW_SIZES, Expectations, History, frozen_trials, middle, shown_trials, thinned
+from search.sampling_view import (
+    EARLY_FROM,
+    VIEW_SIZES,
+    Expectations,
+    History,
+    frozen_trials,
+    shown_trials,
+    thinned,
+)
 from search.space import Space
 
 FLOORS = {"standard_accuracy": 0.6, "certified_accuracy": 0.3}
@@ -180,24 +188,35 @@ def test_a_running_trial_with_a_rung_is_told_with_what_is_expected_of_it(tmp_pat
     space = Space(config)
     params = [suggest(RandomConfig(), number, History(), space, floors={}).params for number in range(4)]
     trials = (
-        record(0, standard=0.6, certified=0.3, params=params[0], rungs=rungs(a=(0.5, 0.1))),
+        record(0, "STOPPED", params=params[0], rungs=rungs(a=(0.4, 0.1))),
         record(1, "RUNNING", params=params[1], rungs=rungs(a=(0.4, 0.2))),
         record(2, "RUNNING", params=params[2]),
-        record(3, "STOPPED", params=params[3], rungs=rungs(a=(0.4, 0.1))),
+        record(3, "RUNNING", params=params[3], rungs=rungs(b=(0.4, 0.2))),
     )
-    history = History(trials)
+    finished = tuple(
+        record(4 + k, standard=0.6, certified=0.3, params=params[0], rungs=rungs(a=(0.5, 0.1)))
+        for k in range(EARLY_FROM)
+    )
+    history = History((*trials, *finished))
 
     def view(tell_stopped: Any, early: bool) -> list[optuna.trial.FrozenTrial]:
         return list(frozen_trials(trials, history, space, FLOORS, tell_stopped, early=early))
 
     told = view("values", True)
-    assert [trial.state for trial in told] == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING, TrialState.COMPLETE]
-    assert told[1].values == pytest.approx([0.5, 0.4])  # the only finished trial gained (0.1, 0.2)
+    assert [trial.state for trial in told] == [TrialState.COMPLETE] * 2 + [TrialState.RUNNING] * 2
+    assert told[1].values == pytest.approx([0.5, 0.4])  # all finished trials gained (0.1, 0.2)
     assert told[1].params == params[1]
     assert set(told[1].constraints) == set(FLOORS)
-    assert [trial.constraints["stopped"] for trial in view("constraint", True) if trial.values] == [0, 0, 1]
-    for tell_stopped, early in (("values", False), ("pruned", True), ("nothing", True)):
-        assert view(tell_stopped, early)[1].state == TrialState.RUNNING
+    assert [trial.constraints["stopped"] for trial in view("constraint", True) if trial.values] == [1, 0]
+    assert view("values", False)[1].state == TrialState.RUNNING
+    history = History((*trials, *finished[1:]))
+    assert view("values", True)[1].state == TrialState.RUNNING  # too few have finished
+
+
+def test_nothing_is_expected_to_be_proved_that_is_not_classified_correctly() -> None:
+    running = record(0, "RUNNING", rungs=rungs(a=(0.4, 0.5)))
+    finished = record(1, standard=0.5, certified=0.5, rungs=rungs(a=(0.5, 0.4)))
+    assert Expectations([finished]).of(running) == pytest.approx((0.4, 0.4))
 
 
 def test_a_gaussian_process_models_parameters_that_some_trials_lack(
@@ -209,9 +228,12 @@ def test_a_gaussian_process_models_parameters_that_some_trials_lack(
     assert {"beta" in trial.params for trial in history.trials} == {True, False}
     filled = list(frozen_trials(history.trials, history, space, {}, "values", filled=True))
     assert all(set(trial.params) == set(trial.distributions) == set(space.parameters) for trial in filled)
-    assert {trial.params["beta"] for trial in filled} >= {5.0}  # between 0.5 and 50 on a logarithmic scale
     for number, trial in enumerate(history.trials):
         assert filled[number].params.items() >= trial.params.items()
+    # Equal ones would make all other places of the switched-off branch look unexplored.
+    absent = [filled[trial.number].params["beta"] for trial in history.trials if "beta" not in trial.params]
+    assert len(set(absent)) == len(absent) > 1
+    assert list(frozen_trials(history.trials, history, space, {}, "values", filled=True)) == filled
 
     def by_chance(self: Any, study: Any, trial: Any, name: str, distribution: Any) -> Any:
         raise AssertionError(f"{name} is drawn at random")
@@ -221,32 +243,20 @@ def test_a_gaussian_process_models_parameters_that_some_trials_lack(
         suggest(GPConfig(startup_trials=5), seed, history, space, floors={})
 
 
-@pytest.mark.parametrize(
-    ("distribution", "value"),
-    [
-        (FloatDistribution(0.01, 1.0, log=True), 0.1),
-        (FloatDistribution(0, 0.1), 0.05),
-        (IntDistribution(1, 4), 2),
-        (IntDistribution(2, 32, log=True), 8),
-        (CategoricalDistribution(["b", "a"]), "b"),
-    ],
-)
-def test_the_middle_of_a_range(distribution: Any, value: Any) -> None:
-    assert middle(distribution) == pytest.approx(value)
-    assert distribution._contains(distribution.to_internal_repr(middle(distribution)))
-
-
-def test_genetic_samplers_are_not_told_early(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_each_sampler_is_told_beyond_optunas_own_study(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     early = []
 
     def watched(*args: Any, **options: Any) -> Any:
-        early.append(options["early"])
+        early.append((options["early"], options["filled"]))
         return frozen_trials(*args, **options)
 
     monkeypatch.setattr("search.sampling.frozen_trials", watched)
     for sampler in (TPEConfig(), GPConfig(), NSGA2Config(), NSGA3Config()):
         suggest(sampler, 0, History(), Space(config), floors={})
-    assert early == [True, True, False, False]
+    suggest(GPConfig(), 0, History(), Space(config), floors={}, tell_stopped="pruned")
+    assert early == [(True, False), (True, True), (False, False), (False, False), (False, False)]
 
 
 @pytest.mark.timeout(60)

@@ -270,16 +270,21 @@ def test_a_rung_that_misleads_stops_nobody() -> None:
 
 def test_a_margin_lets_go_on_what_may_still_reach_the_front() -> None:
     # From the rung on, the five gained (0, .1), (0, .3), (0, .5), (0, .3), (0, .1): as they are symmetric, the slope
-    # is the identity, the forecast a gain of .26, and its spread sqrt(.112 / (4 - 10 / 9)).
+    # is the identity, the forecast a gain of .26, and the residual sqrt(.112 / (4 - 10 / 9)).
     rungs = [(0.5, 0.1), (0.6, 0.1), (0.7, 0.1), (0.8, 0.1), (0.9, 0.1)]
     finals = [(x, y + gain) for (x, y), gain in zip(rungs, (0.1, 0.3, 0.5, 0.3, 0.1), strict=True)]
-    told, spread = witnesses(rungs, finals), math.sqrt(0.112 / (4 - 10 / 9))
-    assert hoped(np.array([0.5, 0.2]), told, 2.0) == pytest.approx([0.5, 0.46 + 2 * spread])
+    told, residual = witnesses(rungs, finals), math.sqrt(0.112 / (4 - 10 / 9))
+    wider = math.sqrt(1 + 1 / 5 + 0.2**2 / (0.1 + 4 * 0.02))  # it lies 0.2 from the mean in the first objective
+    assert hoped(np.array([0.5, 0.1]), told, 2.0) == pytest.approx([0.5, 0.36 + 2 * residual * wider])
     assert hoped(np.array([0.5, 0.2]), witnesses(rungs[:4], finals[:4]), 2.0) is None
+    # A verification that was stopped has no result: the other four are too few, a sixth trial is as if it were not there.
+    assert hoped(np.array([0.5, 0.1]), told._replace(final=np.array([*finals[:4], (0.9, np.nan)])), 2.0) is None
+    sixth = Witnesses(*[np.array([*each, (0.1, np.nan)]) for each in told])
+    assert hoped(np.array([0.5, 0.1]), sixth, 2.0) == pytest.approx(hoped(np.array([0.5, 0.1]), told, 2.0))
     done = [record(n, rung=p, worst=q) for n, (p, q) in enumerate(zip(rungs, finals, strict=True))]
     standings = Standings([*done, record(5, rung=(0.55, 0.05))])
-    # It may hope for (.55, .31 + .197 * margin); the front holds (.7, .6).
-    for margin, stops in [(None, True), (0.0, True), (1.0, True), (2.0, False)]:
+    # It may hope for (.55, .31 + .334 * margin); the front holds (.7, .6).
+    for margin, stops in [(None, True), (0.0, True), (0.8, True), (0.9, False), (2.0, False)]:
         assert (judge_rung(5, RUNG, standings, RULE, ORIGIN, margin=margin) is not None) == stops
 
 
