@@ -4,15 +4,17 @@ Two studies of one space, seed and machine: hypervolume against core-seconds, as
 are real ones under DIR: the same command goes on with them, `search.front` shows them.
 
 What a driver costs is printed, too: its processor seconds less those of a second call, which finds nothing to do, and
-their share of the seconds that its trials took in this call.
+their share of the seconds that its trials took in this call (which a trial that was interrupted before it belongs to,
+too: measure in a fresh DIR).
 """
 
 import argparse
-import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,8 @@ from numpy.typing import NDArray
 from benchmarks.learning_curves import SETTINGS as RECORDED
 from benchmarks.learning_curves import SPACE
 from benchmarks.machine import machine_lines
+from search import run as search_run
+from search.errors import UserError
 from search.pareto import front, hypervolume_trace
 from search.records import StudyRecord
 from search.study import load_record
@@ -32,14 +36,6 @@ SETTINGS = (*(each for each in RECORDED if not each.startswith("verification.bat
 ARMS = {"without stopping": ("stopping=false",), "with stopping": ()}
 COLOURS = {"without stopping": "#8C8C8C", "with stopping": "#0072B2"}
 SHARES = (0.25, 0.5, 0.75, 1.0)
-# Without workers and Ray's own processes, which are others.
-TIMED_DRIVER = """
-import pathlib, sys, time
-from search.run import main
-code = main(sys.argv[2:])
-pathlib.Path(sys.argv[1]).write_text(str(time.process_time()))
-sys.exit(code)
-"""
 
 
 @dataclass(frozen=True)
@@ -69,33 +65,6 @@ def search_arguments(out: Path, arm: str, seed: int, trials: int) -> list[str]:
     return [SPACE, "--storage", str(folder_of(out, arm, seed)), "--trials", str(trials), *flags]
 
 
-def drive(arguments: Sequence[str]) -> float:
-    """Run a search and give its driver's processor seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = Path(folder, "seconds")
-        subprocess.run([sys.executable, "-c", TIMED_DRIVER, str(seconds), *arguments], check=True)
-        return float(seconds.read_text())
-
-
-def run_search(out: Path, arm: str, seed: int, trials: int) -> str:
-    """Bring a study to so many trials; what its driver cost in one line."""
-    known = trial_seconds(stored(out, arm, seed)) if (folder_of(out, arm, seed) / "study.db").exists() else 0.0
-    arguments = search_arguments(out, arm, seed, trials)
-    busy = drive(arguments)
-    spent = trial_seconds(stored(out, arm, seed)) - known
-    if spent == 0:
-        return f"{arm}: all trials were there"
-    idle = drive(arguments)
-    return (
-        f"{arm}: driver {busy:.1f} s of a processor, {idle:.1f} s of them to start and to report; the rest is "
-        f"{(busy - idle) / spent:.2%} of the {spent:.0f} s of its trials"
-    )
-
-
-def trial_seconds(record: StudyRecord) -> float:
-    return sum(trial.seconds or 0.0 for trial in record.done)
-
-
 def stored(out: Path, arm: str, seed: int) -> StudyRecord:
     name = SPACE if seed == 0 else f"{SPACE}-seed{seed}"
     return load_record(f"sqlite:///{folder_of(out, arm, seed) / 'study.db'}", name)
@@ -108,6 +77,46 @@ def curve_of(record: StudyRecord) -> Curve:
     # A trial without objectives stands where it adds nothing.
     points = [record.reference if trial.objectives is None else trial.objectives for trial in done]
     return Curve(seconds, hypervolume_trace(points, record.reference))
+
+
+def drive(arguments: Sequence[str]) -> float:
+    """Run a search in a process of its own; its driver's processor seconds, without those of Ray and the workers."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        code, seconds = pool.submit(timed_search, list(arguments)).result()
+    if code != 0:
+        raise SystemExit(f"search.run {' '.join(arguments)} ended with exit code {code}")
+    return seconds
+
+
+def timed_search(arguments: list[str]) -> tuple[int, float]:
+    code = search_run.main(arguments)
+    return code, time.process_time()
+
+
+def run_search(out: Path, arm: str, seed: int, trials: int) -> str:
+    """Bring a study to so many trials; what its driver cost in one line."""
+    known = done_seconds(out, arm, seed)
+    arguments = search_arguments(out, arm, seed, trials)
+    busy = drive(arguments)
+    spent = done_seconds(out, arm, seed) - known
+    if spent == 0:
+        return f"{arm}: all trials were there"
+    return driver_line(arm, busy, drive(arguments), spent)
+
+
+def driver_line(arm: str, busy: float, idle: float, spent: float) -> str:
+    return (
+        f"{arm}: driver {busy:.1f} s of a processor, {idle:.1f} s of them to start and to report; the rest is "
+        f"{(busy - idle) / spent:.2%} of the {spent:.0f} s of its trials"
+    )
+
+
+def done_seconds(out: Path, arm: str, seed: int) -> float:
+    """Of all trials that have ended; 0 before there is a study."""
+    try:
+        return sum(trial.seconds or 0.0 for trial in stored(out, arm, seed).done)
+    except UserError:
+        return 0.0
 
 
 def table_lines(records: dict[str, StudyRecord]) -> list[str]:

@@ -1,12 +1,13 @@
 """What the benchmarks of real searches compute: replays of verifications, and curves of hypervolume."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 from studies import result
 
-from benchmarks.real_search import curve_of, table_lines
+from benchmarks.real_search import curve_of, done_seconds, driver_line, table_lines
 from benchmarks.verification_cost import Report, Timeline, replay, report_lines
 from search.records import StudyRecord, TrialRecord
 
@@ -85,3 +86,8 @@ def test_a_curve_follows_the_order_in_which_trials_ended() -> None:
     assert (curve.seconds_to(0.3), curve.seconds_to(0.4)) == (30.0, float("inf"))
     (_, _, row, _) = table_lines({"without stopping": study, "with stopping": study})
     assert row.startswith("| without stopping | 3 | 1 / 0 | 30 | 2 | 0.0000 | 0.2500 | 0.2500 | 0.3750 | 30 |")
+
+
+def test_a_drivers_share_is_what_it_does_beyond_start_and_report(tmp_path: Path) -> None:
+    assert "is 1.50% of the 200 s of its trials" in driver_line("with stopping", 9.0, 6.0, 200.0)
+    assert done_seconds(tmp_path, "with stopping", 0) == 0  # nothing is there yet

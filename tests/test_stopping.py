@@ -277,7 +277,7 @@ def test_a_margin_lets_go_on_what_may_still_reach_the_front() -> None:
     wider = math.sqrt(1 + 1 / 5 + 0.2**2 / (0.1 + 4 * 0.02))  # it lies 0.2 from the mean in the first objective
     assert hoped(np.array([0.5, 0.1]), told, 2.0) == pytest.approx([0.5, 0.36 + 2 * residual * wider])
     assert hoped(np.array([0.5, 0.2]), witnesses(rungs[:4], finals[:4]), 2.0) is None
-    # A verification that was stopped has no result: the other four are too few, a sixth trial is as if it were not there.
+    # A verification that was stopped has no result: the other four are too few, a sixth is as if it were not there.
     assert hoped(np.array([0.5, 0.1]), told._replace(final=np.array([*finals[:4], (0.9, np.nan)])), 2.0) is None
     sixth = Witnesses(*[np.array([*each, (0.1, np.nan)]) for each in told])
     assert hoped(np.array([0.5, 0.1]), sixth, 2.0) == pytest.approx(hoped(np.array([0.5, 0.1]), told, 2.0))
