@@ -26,7 +26,7 @@ search: setup
 	$(BIN)/python -m search.run $(SPACE) --storage $(STORAGE) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
