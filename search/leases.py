@@ -161,9 +161,7 @@ class Leases:
         process slept while it asked, and can ask again.
         """
         place = self._place(resource)
-        for claim in place.claims():
-            if claim.holder == holder:
-                place.delete(claim)
+        self.forget(resource, holder)
         having = [claim for claim, beat in self._living(resource) if beat is not None]
         if having:
             return Held(having[0].holder)
@@ -179,6 +177,13 @@ class Leases:
             raise
         place.delete(own)
         return Held(rival.holder)
+
+    def forget(self, resource: str, holder: str) -> None:
+        """Delete the claims of a holder that is known to be dead, so that nobody waits for their expiry."""
+        place = self._place(resource)
+        for claim in place.claims():
+            if claim.holder == holder:
+                place.delete(claim)
 
     def holder(self, resource: str) -> str | None:
         """Who has the lease, or else asks for it; deletes the claims of those who are dead."""

@@ -15,7 +15,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,6 +116,14 @@ class TeacherStore:
         A death shows after `expiry_s` of calls on this same object.
         """
         return self._leases.holder(key)
+
+    def forget(self, key: str, holder: str) -> None:
+        """Give back the lease of a dead process; another one goes on from its state.
+
+        A storage that does not answer is no error: the lease then ends by itself.
+        """
+        with suppress(OSError):
+            self._leases.forget(key, holder)
 
     def load(self, key: str) -> Teacher:
         """The stored teacher, in eval mode, on the CPU, exact to the bit.

@@ -78,6 +78,9 @@ class VirtualTeachers:
     def holder(self, key: str) -> str | None:
         return None
 
+    def forget(self, key: str, holder: str) -> None:
+        pass
+
 
 @dataclass
 class _Job:

@@ -18,6 +18,9 @@ class Teachers(Protocol):
     def holder(self, key: str) -> str | None:
         """Who trains the teacher now. One store has to be asked again and again to notice a death."""
 
+    def forget(self, key: str, holder: str) -> None:
+        """Give back the lease of a trial whose process is dead."""
+
 
 class TeacherQueue:
     """Lets one trial for each missing teacher start; the others of that teacher follow when it is there.
@@ -68,8 +71,10 @@ class TeacherQueue:
             self._elsewhere[key] = self._clock() + RETRY_S
 
     def ended(self, assignment: Assignment) -> None:
-        """The trial is over, with or without a teacher: the next one may try."""
-        self._release(assignment, is_present=False)
+        """The trial is over, with or without a teacher: the next one may try; a dead one's lease keeps nobody waiting."""
+        key = self._release(assignment, is_present=False)
+        if key is not None:
+            self._teachers.forget(key, assignment.key)
 
     def _is_trained_elsewhere(self, key: str) -> bool:
         if key not in self._elsewhere:
@@ -82,10 +87,12 @@ class TeacherQueue:
         del self._elsewhere[key]
         return False
 
-    def _release(self, assignment: Assignment, *, is_present: bool) -> None:
+    def _release(self, assignment: Assignment, *, is_present: bool) -> str | None:
+        """The teacher that others waited for it to train, if any."""
         key = self._teacher_of(assignment)
         if key is None or self._trained_by.get(key) != assignment.number:
-            return
+            return None
         del self._trained_by[key]
         if is_present:
             self._present.add(key)
+        return key

@@ -118,6 +118,18 @@ def asking(storage: tuple[FileSystem, str], identifier: str) -> str:
     return path
 
 
+def test_the_lease_of_one_that_is_known_to_be_dead_is_given_back_at_once(storage: tuple[FileSystem, str]) -> None:
+    one, other = process(storage, Clock()), process(storage, Clock())
+    dead = acquired(one, "one")
+    other.forget("key", "another")
+    other.forget("elsewhere", "one")
+    assert other.acquire("key", "other") == Held("one")
+    other.forget("key", "one")
+    acquired(other, "other")
+    dead.beat()
+    assert dead.lost  # were it alive after all, it would know
+
+
 def test_of_two_that_ask_at_once_the_smaller_claim_stays(storage: tuple[FileSystem, str]) -> None:
     smaller = asking(storage, "0")
     assert process(storage, Clock()).acquire("key", "trial") == Held("rival")

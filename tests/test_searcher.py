@@ -104,12 +104,16 @@ class FakeScheduler:
 class FakeTeachers:
     present: set[str] = field(default_factory=set)
     holders: dict[str, str] = field(default_factory=dict)
+    forgotten: list[tuple[str, str]] = field(default_factory=list)
 
     def has(self, key: str) -> bool:
         return key in self.present
 
     def holder(self, key: str) -> str | None:
         return self.holders.get(key)
+
+    def forget(self, key: str, holder: str) -> None:
+        self.forgotten.append((key, holder))
 
 
 def no_teacher(assignment: Assignment) -> None:
@@ -553,10 +557,12 @@ def test_one_trial_trains_a_teacher_and_the_others_wait_for_it_outside_of_tune(s
 
 
 def test_if_the_trainer_of_a_teacher_fails_the_next_trial_trains_it(study: Study, log: Log) -> None:
-    searcher = searcher_of(study, log, slots=3, teachers=TeacherQueue(lambda _: "one", FakeTeachers()))
+    store = FakeTeachers()
+    searcher = searcher_of(study, log, slots=3, teachers=TeacherQueue(lambda _: "one", store))
     searcher.suggest("tune0")
     assert searcher.suggest("tune1") is None
     searcher.on_trial_complete("tune0", failed("diverged"))
+    assert store.forgotten == [("one", "tiny-0000")]  # a process that was killed has left its lease
     assert Suggestion.from_config(searcher.suggest("tune1")).key == "tiny-0001"
     assert searcher.suggest("tune2") is None
 
