@@ -35,7 +35,7 @@ def is_by_values(tell_stopped: TellStopped) -> bool:
 
 STOPPED = "stopped"  # the constraint's name
 # Ended trials in a view: the time of a suggestion grows with them, and a Gaussian process takes a second with 200.
-VIEW_SIZES = {"tpe": 250, "gp": 200}
+VIEW_SIZES = {"tpe": 200, "gp": 200}
 EXPECTED_FROM = 200  # finished trials, the most recent
 EARLY_FROM = 5  # finished trials at a rung before a running one is told by it
 
@@ -259,11 +259,15 @@ def shown_trials(sampler: SamplerConfig, history: History, floors: Mapping[str, 
         members = _recent_generations(history)
         return drawn if members is None else [trial for trial in drawn if trial.number in members]
     size = VIEW_SIZES[sampler.kind]
-    told = [trial for trial in drawn if trial.state in _TOLD]
+    told: list[TrialRecord] = []
+    others: list[TrialRecord] = []
+    for trial in drawn:
+        (told if trial.state in _TOLD else others).append(trial)
     if len(told) <= size:
         return drawn
     kept = thinned(told, floors, size)
-    return [trial for trial in drawn if trial.number in kept or trial.state not in _TOLD]
+    shown = [trial for trial in told if trial.number in kept]
+    return sorted((*shown, *others), key=lambda trial: trial.number)
 
 
 def thinned(told: Sequence[TrialRecord], floors: Mapping[str, float], size: int) -> set[int]:
@@ -273,20 +277,16 @@ def thinned(told: Sequence[TrialRecord], floors: Mapping[str, float], size: int)
     asks for the few best, takes all others as one density, and weighs the older of those less.
     """
     complete = [trial for trial in told if trial.state == "COMPLETE"]
-    feasible = [trial for trial in complete if _is_feasible(trial, floors)] if floors else complete
-    # Straight into an array: thousands of pairs kept at once set off Python's garbage collector.
-    points = (trial.objectives or (0.0, 0.0) for trial in feasible)
-    values = np.fromiter(itertools.chain.from_iterable(points), np.float64, 2 * len(feasible))
-    layers = pareto.layers(values.reshape(-1, 2))
-    ranked = np.lexsort((-np.arange(len(feasible)), layers))  # by layer, then the most recent first
-    kept = {feasible[index].number for index in ranked[: size // 2].tolist()}
+    # Straight into arrays: thousands of pairs kept at once set off Python's garbage collector.
+    columns = [
+        np.fromiter((getattr(trial, name) for trial in complete), np.float64, len(complete)) for name in OBJECTIVES
+    ]
+    values = np.stack(columns, axis=1)
+    feasible = np.flatnonzero((values >= [floors.get(name, 0.0) for name in OBJECTIVES]).all(axis=1))
+    ranked = np.lexsort((-feasible, pareto.layers(values[feasible])))  # by layer, then the most recent first
+    kept = {complete[index].number for index in feasible[ranked[: size // 2]].tolist()}
     rest = (trial.number for trial in reversed(told) if trial.number not in kept)
     return kept | set(itertools.islice(rest, size - len(kept)))
-
-
-def _is_feasible(trial: TrialRecord, floors: Mapping[str, float]) -> bool:
-    assert trial.objectives is not None
-    return all(value <= 0 for value in floor_constraints(floors, trial.objectives).values())
 
 
 def _recent_generations(history: History) -> AbstractSet[int] | None:

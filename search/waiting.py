@@ -71,7 +71,7 @@ class TeacherQueue:
             self._elsewhere[key] = self._clock() + RETRY_S
 
     def ended(self, assignment: Assignment) -> None:
-        """The trial is over, with or without a teacher: the next one may try; a dead one's lease keeps nobody waiting."""
+        """The trial is over, with or without a teacher: the next one may try, and waits for no dead one's lease."""
         key = self._release(assignment, is_present=False)
         if key is not None:
             self._teachers.forget(key, assignment.key)
