@@ -1,7 +1,7 @@
 """Whether a suggestion lies where enough has been tried: pure functions of parameters.
 
 A Gaussian process that takes noise for promise suggests one place again and again. In simulated searches with seven
-parameters up to half of all trials lay within a tenth of every range; they cost what new places would have cost.
+parameters up to a third of all trials lay within a tenth of every range; they cost what new places would have cost.
 """
 
 from collections.abc import Mapping, Sequence

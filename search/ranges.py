@@ -13,7 +13,7 @@ def value_at(distribution: BaseDistribution, share: float) -> Any:
             return choices[int(share * len(choices))]
         case IntDistribution(low=low, high=high, log=log):
             # An integer stands for the interval from itself to the next.
-            return max(low, min(high, math.floor(_between(low, high + 1, share, log=log and low > 0))))
+            return max(low, min(high, math.floor(_between(low, high + 1, share, log=log))))
         case FloatDistribution(low=low, high=high, log=log):
             return max(low, min(high, _between(low, high, share, log=log)))
     raise ValueError(f"no range in {distribution!r}; expected a number's range or choices")

@@ -92,6 +92,7 @@ class TrackerContract:
         tracker.open_study(STUDY)
         artifacts = {"pictures": tmp_path / "figures", "tables/f.png": tmp_path / "figures" / "front.png"}
         tracker.log_study({}, {}, artifacts, description="![front](artifact:pictures/front.png)")
+        self.check(tracker, {})  # files of the study are no trials
 
     def test_studies_do_not_mix(self, tracker: Tracker) -> None:
         tracker.open_study(StudyInfo("other", STUDY.experiment))

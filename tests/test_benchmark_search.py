@@ -15,6 +15,7 @@ from benchmarks.search_tables import GRID, STEPS, Found, bootstrap, ratio_of_mea
 from search.errors import UserError
 from search.hardware import Hardware
 from search.records import RungValues
+from search.sampling_view import is_by_values
 from search.space import Space
 from search.study import Study
 from search.timelines import rung
@@ -139,3 +140,11 @@ def test_recorded_trials_are_searched_by_table(tmp_path: Path, capsys: pytest.Ca
     assert "| random |" in told
     assert main(["--recorded", str(tmp_path / "none")]) == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+def test_stock_rivals_see_what_optunas_own_study_would_hold() -> None:
+    """Ours alone is told what is expected: else the rival would have half of what it is compared with."""
+    for rival in stock_rivals():
+        assert not is_by_values(rival.tell_stopped)
+        assert rival.stopping == {"verification": False, "training": "off"}
+    assert is_by_values(OURS.tell_stopped)
