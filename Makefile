@@ -8,7 +8,7 @@ STORAGE ?= runs
 SPACE ?= spaces/digits.yaml
 ARGS ?=
 
-.PHONY: setup search test slow lint types ui bench lock clean
+.PHONY: setup search test slow lint types ui pictures bench lock clean
 
 setup: $(VENV)/.installed
 
@@ -40,6 +40,9 @@ types: setup
 
 ui: setup
 	$(BIN)/python -m tracking.ui --storage $(STORAGE) $(ARGS)
+
+pictures: setup
+	$(BIN)/python docs/pictures.py
 
 bench: setup
 	$(BIN)/python -m benchmarks.training_step $(ARGS)

@@ -139,6 +139,19 @@ class Server:
             kill_session(self._process.pid)
             self._process.wait()
 
+    def stop(self) -> None:
+        """SIGSTOP: it accepts connections and never answers."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            for process in processes_of(self._process.pid):
+                os.kill(process.pid, number)
+
     def answers(self) -> bool:
         # Not urlopen: that goes through whatever proxy its first call in this process has seen.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -19,6 +19,12 @@ def write_text(path: Path, text: str) -> None:
         unfinished.write_text(text)
 
 
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file in one atomic step; raises as `write_text` does."""
+    with _unfinished(path) as unfinished:
+        unfinished.write_bytes(content)
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a Parquet file in one atomic step; raises as `write_text` does."""
     with _unfinished(path) as unfinished:

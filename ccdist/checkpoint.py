@@ -28,6 +28,25 @@ class CorruptCheckpointError(ValueError):
     """A checkpoint is damaged, incomplete or of an unknown format."""
 
 
+class NewerFormatError(CorruptCheckpointError):
+    """A file is whole, but of a format that a newer version of this program writes: nothing is to be deleted."""
+
+
+def check_format(version: Any, of: Path, *, newest: int) -> None:
+    """Refuse the format version that a file names, unless it is between 1 and the newest one that is known.
+
+    Raises:
+        NewerFormatError: it is larger.
+        CorruptCheckpointError: it is no version.
+    """
+    if isinstance(version, int) and 1 <= version <= newest:
+        return
+    told = f"{of} has format version {version}; this program reads {newest if newest == 1 else f'1 to {newest}'}: "
+    if isinstance(version, int) and version > newest:
+        raise NewerFormatError(f"{told}use the version that wrote it, or a newer one")
+    raise CorruptCheckpointError(f"{told}restore it from a copy")
+
+
 def save(directory: Path, network: Network, metadata: dict[str, Any] | None = None) -> None:
     """Write a network so that the folder either holds all of it or what was there before.
 
@@ -112,10 +131,7 @@ def load_description(directory: Path) -> dict[str, Any]:
         version = content["format_version"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptCheckpointError(f"{file} cannot be read: {_one_line(error)}") from error
-    if version != FORMAT_VERSION:
-        raise CorruptCheckpointError(
-            f"{file} has format version {version}; this program reads {FORMAT_VERSION}: use the version that wrote it"
-        )
+    check_format(version, file, newest=FORMAT_VERSION)
     return dict(content)
 
 
@@ -143,15 +159,14 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads(file.metadata()["state"])
+        check_format(metadata["format_version"], path, newest=FORMAT_VERSION)
         tensors = load_file(path)
+    except NewerFormatError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CorruptCheckpointError(
             f"training state {path} is damaged ({_one_line(error)}); delete it to start this training again"
         ) from error
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise CorruptCheckpointError(
-            f"{path} has format version {metadata.get('format_version')}, not {FORMAT_VERSION}"
-        )
     if metadata.get("tensors_sha256") != _tensors_sha256(tensors):
         raise CorruptCheckpointError(
             f"training state {path} is damaged (its tensors have another hash); delete it to start this training again"

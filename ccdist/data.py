@@ -8,8 +8,9 @@ Shapes: `N` images, `B` batch, `C H W` image.
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,9 +41,16 @@ class ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
 
+Split = Literal["validation", "test"]
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """Training and validation images of one configuration, and how to normalise them."""
+    """Training and validation images of one configuration, and how to normalise them.
+
+    split: what stands in the place of the validation images. Test images are measured on once, at the end of a
+        training: nothing looks at them before.
+    """
 
     name: str
     train: ImageSet
@@ -53,6 +61,7 @@ class Dataset:
     flip: bool
     crop_padding: int
     fingerprint: str
+    split: Split = "validation"
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -128,16 +137,36 @@ def load_dataset(config: DataConfig) -> Dataset:
         std=std,
         flip=config.flip,
         crop_padding=config.crop_padding,
-        fingerprint=_fingerprint(parts, mean, std, config),
+        fingerprint=_fingerprint(parts, config.name, mean, std, config.flip, config.crop_padding),
     )
 
 
-def load_test_set(config: DataConfig) -> ImageSet:
-    """The test images in their stored order; for the final report only."""
+def load_test_set(config: DataConfig, first: int | None = None) -> ImageSet:
+    """The test images in their stored order, or the first so many; for the final report only."""
     source = _open(config, "test")
-    if len(source.labels) == 0:
+    count = len(source.labels)
+    if count == 0:
         raise ValueError(f"data set {config.name} has no test images")
-    return _decode(source, np.arange(len(source.labels)))
+    if first is not None and first > count:
+        raise ValueError(f"data set {config.name} has {count} test images; {first} were asked for")
+    return _decode(source, np.arange(count if first is None else first))
+
+
+def final_dataset(searched: Dataset, test: ImageSet) -> Dataset:
+    """Trained on the training and the validation images of a search, measured on the test set.
+
+    Its fingerprint is of what it holds, so it is another one with other test images.
+    """
+    parts = (searched.train, searched.validation)
+    train = ImageSet(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+    if test.images.shape[1:] != train.images.shape[1:]:
+        raise ValueError(
+            f"test images of {searched.name} have the shape {list(test.images.shape[1:])}, "
+            f"training images {list(train.images.shape[1:])}"
+        )
+    described = (searched.name, searched.mean, searched.std, searched.flip, searched.crop_padding)
+    fingerprint = _fingerprint([train, test], *described)
+    return replace(searched, train=train, validation=test, fingerprint=fingerprint, split="test")
 
 
 def _decode(source: Source, indices: np.ndarray) -> ImageSet:
@@ -145,8 +174,8 @@ def _decode(source: Source, indices: np.ndarray) -> ImageSet:
     return ImageSet(images, torch.from_numpy(source.labels[indices].astype(np.int64)))
 
 
-def _fingerprint(parts: list[ImageSet], mean: tuple[float, ...], std: tuple[float, ...], config: DataConfig) -> str:
-    digest = hashlib.sha256(repr((config.name, mean, std, config.flip, config.crop_padding)).encode())
+def _fingerprint(parts: list[ImageSet], *described: object) -> str:
+    digest = hashlib.sha256(repr(described).encode())
     for part in parts:
         for array in (part.images.numpy(), part.labels.numpy()):
             digest.update(array.reshape(-1).data)  # not tobytes: ImageNet64 would be in memory twice

@@ -12,6 +12,7 @@ from ccdist.precision import resolve
 from ccdist.training_loop import EpochReport as EpochReport
 from ccdist.training_loop import NonFiniteLossError as NonFiniteLossError
 from ccdist.training_loop import OnEpoch as OnEpoch
+from ccdist.training_loop import OtherTrainingError as OtherTrainingError
 from ccdist.training_loop import Run
 from ccdist.training_loop import TrainingResult as TrainingResult
 from ccdist.training_step import EpsilonSchedule, StepPrecision, StudentStep, TeacherStep

@@ -40,6 +40,10 @@ class NonFiniteLossError(ArithmeticError):
     """The loss or its gradient stopped being a finite number."""
 
 
+class OtherTrainingError(ValueError):
+    """A training state is whole, but of another training than the one that is to go on."""
+
+
 @dataclass(frozen=True)
 class EpochReport:
     """What a listener learns after each epoch. `network` is the live one: read it, do not change it."""
@@ -255,7 +259,7 @@ class Run:
     def _restore(self, path: Path) -> None:
         tensors, metadata = checkpoint.load_state(path)
         if metadata["identity"] != self._identity:
-            raise ValueError(
+            raise OtherTrainingError(
                 f"training state {path} belongs to another training (data, threat, teacher or configuration differ); "
                 "delete it or choose another place"
             )

@@ -28,6 +28,7 @@ from ccdist.networks import Network
 from ccdist.run_folders import differing_keys
 from ccdist.verdicts import SCHEMA, CounterExample, Progress, Rows, Verdict
 
+FORMAT_VERSION = 1  # of a state; one that names none is of version 1
 COUNTEREXAMPLES = pa.schema(
     [
         ("index", pa.int32()),
@@ -73,17 +74,21 @@ class LadderState:
 
         Raises:
             StateError: it is damaged, or about another network, other images or another ladder.
+            NewerFormatError: a newer program wrote it.
         """
         if not self._rows.exists():
             return None
         try:
             table = pq.read_table(self._rows)
             stored = json.loads(table.schema.metadata[b"state"])
+            checkpoint.check_format(stored.get("format_version", 1), self.folder, newest=FORMAT_VERSION)
             place = stored["position"]
             finished = [Progress(**each) for each in place.pop("finished")]
             position = Position(rows=Rows.of(table), finished=finished, **place)
             identity = dict(stored["identity"])
             examples = counterexamples_of(self._examples.read(COUNTEREXAMPLES))
+        except checkpoint.NewerFormatError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's own errors are among them
             told = " ".join(str(error).split())
             raise StateError(f"{self.folder} is damaged ({told}); delete it to begin again") from error
@@ -109,6 +114,7 @@ class LadderState:
         self.folder.mkdir(parents=True, exist_ok=True)
         place = {name: getattr(position, name) for name in ("ahead", "entered", "seconds")}
         content = {
+            "format_version": FORMAT_VERSION,
             "identity": self._identity,
             "position": {**place, "finished": [asdict(each) for each in position.finished]},
         }

@@ -70,7 +70,7 @@ def read_tree(path: Path, settings: Sequence[str] = (), *, kind: str) -> dict[An
     if not isinstance(tree, dict):
         raise YamlFileError(f"{kind} {path} holds a {type(tree).__name__}; expected keys and values")
     for setting in settings:
-        _apply(tree, setting)
+        apply_setting(tree, setting)
     return tree
 
 
@@ -81,7 +81,12 @@ def _parse(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _apply(tree: dict[Any, Any], setting: str) -> None:
+def apply_setting(tree: dict[Any, Any], setting: str) -> None:
+    """Lay one `key=value` over a tree, in place.
+
+    Raises:
+        YamlFileError: it is none, or does not fit the tree.
+    """
     key, separator, text = setting.partition("=")
     if not separator or not key:
         raise YamlFileError(f"--set {setting}: expected key=value, for example --set student.epochs=10")

@@ -3,18 +3,23 @@
 A server that is away costs nothing but lateness: rows stay in the journals, `python -m tracking.replay` sends them.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+
+from optuna.distributions import CategoricalDistribution
 
 from search.config import SearchConfig
-from search.figures import PLOTLY_CONFIG, front_figure, save_front_png
-from search.page import write_report
+from search.configurations import study_front
 from search.records import StudyRecord
-from search.report import study_hypervolume
-from search.storage import Storage
-from tracking.journal import STUDY_JOURNAL, CloseRow, Journal, end_dead_trials, read_rows, save_study_info
-from tracking.sender import Delivery, Sender
+from search.report import front_trials
+from search.run_names import FRONT_PICTURE, REFERENCE, SAMPLER, SPACE, STATE, TRIALS_SHOWN, study_metrics
+from search.space import Space
+from search.storage import Storage, StorageError
+from search.study_files import DRAWN, draw, environment_tags, write_settings
+from tracking.journal import STUDY_JOURNAL, CloseRow, Journal, StudyRow, end_dead_trials, read_rows, save_study_info
+from tracking.sender import Delivery, Sender, why
+from tracking.tables import tables_tag
 from tracking.tracker import NullTracker, Status, StudyInfo, Tracker
 
 # How long the end of a search waits for the last rows to reach the tracking server.
@@ -24,21 +29,37 @@ LAST_ROWS_S = 30.0
 def study_info(config: SearchConfig, storage: Storage) -> StudyInfo:
     """The study as MLflow shows it; an experiment holds what may be compared: same data, same threat."""
     threat = f"{config.threat.norm}-{str(config.threat.epsilon).replace('/', '_')}"
+    parameters, conditional = _axes(Space(config))
+    what = "Search" if config.kind == "study" else "Confirmation"
     return StudyInfo(
         name=config.study_name,
         experiment=f"{config.data.name}-{threat}",
+        # How a search goes on may change from command to command, and a param cannot be changed: never among those.
         tags={
-            "cert.reference": ", ".join(f"{value:g}" for value in config.search.hypervolume_reference),
-            "cert.space": config.model_dump_json(exclude={"storage", "tracking"}),
+            REFERENCE: ", ".join(f"{value:g}" for value in config.search.hypervolume_reference),
+            SAMPLER: config.search.sampler.kind,
+            SPACE: config.model_dump_json(exclude={"storage", "tracking"}),
         },
-        # Never the budget: a study may be continued with another one, and a param cannot be changed.
-        params={"seed": config.search.seed, "sampler": config.search.sampler.kind},
+        params={"seed": config.search.seed},
         description=(
-            f"Search `{config.study_name}`: standard against certified accuracy on {config.data.name}, "
-            f"threat {config.threat}.\n\n![front](artifact:front.png)"
+            f"{what} `{config.study_name}`: standard against certified accuracy on {config.data.name}, "
+            f"threat {config.threat}.\n\n![front](artifact:{FRONT_PICTURE})"
         ),
         tracking_uri=storage.tracking_uri or "",
+        kind=config.kind,
+        split=config.split,
+        parameters=parameters,
+        conditional=conditional,
     )
+
+
+def _axes(space: Space) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the parameters, numbers before choices, and those of them that only some trials have."""
+    kinds = {name: each.distribution for name, each in space.parameters.items()}
+    choices = [name for name, kind in kinds.items() if isinstance(kind, CategoricalDistribution)]
+    names = (*(name for name in space.parameters if name not in choices), *choices)
+    in_all_trials = set(space.parameters).intersection(*space.corners())
+    return names, tuple(name for name in names if name not in in_all_trials)
 
 
 def open_tracker(config: SearchConfig, storage: Storage) -> Tracker:
@@ -48,9 +69,13 @@ def open_tracker(config: SearchConfig, storage: Storage) -> Tracker:
     # Imported here: it takes seconds, and a finished search or one without tracking need not pay them.
     from tracking.mlflow_tracker import MlflowTracker, local_store
 
-    if storage.tracking_uri is not None:
-        return MlflowTracker(storage.tracking_uri, None)
-    return MlflowTracker(*local_store(storage.folder))
+    place = (storage.tracking_uri, None) if storage.tracking_uri is not None else local_store(storage.folder)
+    try:
+        return MlflowTracker(*place)
+    except Exception as error:  # a server is not asked yet, so it is a database that cannot be opened
+        raise StorageError(
+            f"tracking database {place[0]} cannot be opened ({why(error)}); --set tracking.enabled=false does without"
+        ) from error
 
 
 @contextmanager
@@ -59,8 +84,10 @@ def tracked(config: SearchConfig, storage: Storage, live_keys: set[str]) -> Iter
     journals = storage.journals(config.study_name)
     save_study_info(journals, study_info(config, storage))
     end_dead_trials(journals, live_keys)
+    settings = write_settings(config, storage.study_folder(config.study_name))
     with Journal(journals / STUDY_JOURNAL) as journal:
-        journal.study({}, {"cert.state": "RUNNING"}, {})
+        tags = environment_tags() | tables_tag(TRIALS_SHOWN)
+        journal.study({}, {STATE: "RUNNING"} | tags, settings)
     tracker = open_tracker(config, storage)
     sender = Sender(journals, tracker)
     sender.start()
@@ -78,7 +105,9 @@ def is_settled(config: SearchConfig, storage: Storage) -> bool:
     own = journals / STUDY_JOURNAL
     rows = read_rows(own)[0] if own.exists() else []
     ended = bool(rows) and isinstance(rows[-1].row, CloseRow)
-    return ended and Delivery(journals, NullTracker()).rows_left() == 0
+    files = {name for line in rows if isinstance(line.row, StudyRow) for name in line.row.artifacts}
+    has_all_files = files.issuperset(DRAWN)  # else an earlier version of this program ended it
+    return ended and has_all_files and Delivery(journals, NullTracker()).rows_left() == 0
 
 
 def where_to_look(tracker: Tracker, storage: Storage) -> str | None:
@@ -86,32 +115,22 @@ def where_to_look(tracker: Tracker, storage: Storage) -> str | None:
     if isinstance(tracker, NullTracker):
         return None
     try:
-        url = tracker.study_url()
+        url = tracker.front_url()
     except Exception:  # the link is a courtesy, and any server may be away in any way
         url = None
-    if url is not None:
+    if storage.tracking_uri is not None and url is not None:
         return f"MLflow: {url}"
-    return f"MLflow: python -m tracking.ui --storage {storage.folder}"
+    command = f"python -m tracking.ui --storage {storage.folder}"
+    return f"MLflow: {command}" if url is None else f"MLflow: {command}\n  shows {url}"
 
 
 def close_study(record: StudyRecord, storage: Storage, status: Status) -> None:
-    """Write the report, end the runs of trials that were cut off, and write the study's last word."""
-    folder, journals = storage.study_folder(record.name), storage.journals(record.name)
-    report, png, figure = folder / "report.html", folder / "front.png", folder / "front.html"
-    write_report(record, report)
-    save_front_png(record, png)
-    front_figure(record).write_html(figure, include_plotlyjs=True, config=PLOTLY_CONFIG)
+    """Draw everything once more, end the runs of trials that were cut off, and write the study's last word."""
+    journals = storage.journals(record.name)
+    artifacts = draw(record, storage.study_folder(record.name))
     end_dead_trials(journals, set())
+    metrics = study_metrics(study_front(record).hypervolume_bounds, Counter(trial.state for trial in record.trials))
     with Journal(journals / STUDY_JOURNAL) as journal:
-        metrics = {"hypervolume": study_hypervolume(record), "num_complete": float(len(record.complete))}
-        artifacts = {"front.html": figure, "front.png": png, "report.html": report}
-        journal.study(metrics, {"cert.state": status}, artifacts, step=len(record.complete))
+        journal.study(metrics, {STATE: status}, artifacts, step=len(record.done))
+        journal.front([trial.key for trial in front_trials(record)])
         journal.close_study(status)
-
-
-def note_failure(journals: Path, key: str, reason: str) -> None:
-    """End the MLflow run of a trial whose worker cannot do it any more."""
-    path = journals / f"{key}.jsonl"
-    if path.exists():
-        with Journal(path) as journal:
-            journal.end("FAILED", {}, {"cert.state": "FAILED", "cert.reason": reason})

@@ -33,13 +33,14 @@ from search.consistency import (
     stored_result,
 )
 from search.database import sqlite_file
+from search.errors import UserError
 from search.leases import EXPIRY_S
 from search.places import TrialPlaces, save_result
 from search.records import StudyRecord, TrialRecord, TrialResult
 from search.storage import Storage
 from search.teachers import TeacherStore
 from tracking.audit import delete_runs, journal_damage, mend_journal, study_runs
-from tracking.journal import STUDY_FILE, STUDY_JOURNAL, Journal, load_study_info
+from tracking.journal import STUDY_FILE, STUDY_JOURNAL, Journal, NewerJournalError, load_study_info
 from tracking.mlflow_tracker import MlflowTracker, local_store
 from tracking.sender import Delivery, forget_sent, sent_path
 from tracking.tracker import NullTracker, Status, StudyInfo
@@ -90,7 +91,12 @@ class Checkup:
         return self.storage.journals(self.study)
 
     def findings(self) -> list[Finding]:
-        """Everything that is worth a line; writes nothing."""
+        """Everything that is worth a line; writes nothing.
+
+        Raises:
+            UserError: a newer version of this program wrote the journals, a teacher or a student.
+        """
+        self._refuse_newer_journals()
         # Names first: a trial that starts meanwhile is in the study before its folder is there.
         folders = sorted(path.name for path in (self._root / "trials").glob("*") if path.is_dir())
         journals = sorted(path.stem for path in self._journals.glob("*.jsonl"))
@@ -108,6 +114,14 @@ class Checkup:
                 found += check_journal(name, JournalView(damage.lines, damage.torn))
             found += self._check_tracking(record, keys)
         return found
+
+    def _refuse_newer_journals(self) -> None:
+        try:
+            load_study_info(self._journals)
+        except NewerJournalError as error:
+            raise UserError(str(error)) from error
+        except (OSError, ValueError):  # a finding of its own
+            return
 
     def repair(self, findings: Sequence[Finding]) -> None:
         """Do what the findings name; the study itself is only read."""
@@ -228,6 +242,8 @@ def _student_problem(folder: Path) -> str | None:
         return MISSING
     try:
         checkpoint.load(folder)
+    except checkpoint.NewerFormatError as error:
+        raise UserError(str(error)) from error
     except checkpoint.CorruptCheckpointError as error:
         return f"is damaged ({_one_line(error)})"
     return None
@@ -266,6 +282,8 @@ def _teacher_problems(folder: Path) -> dict[str, str]:
                 store.load(place.name)
             elif (state := place / "state.safetensors").exists():
                 checkpoint.load_state(state)
+        except checkpoint.NewerFormatError as error:
+            raise UserError(str(error)) from error
         except checkpoint.CorruptCheckpointError as error:
             problems[place.name] = f"is damaged ({_one_line(error)})"
     return problems

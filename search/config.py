@@ -7,7 +7,7 @@ value may be a range (see `search.space`); everything else is fixed.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
@@ -15,12 +15,14 @@ from ccdist import yaml_files
 from ccdist.config import (
     Config,
     DataConfig,
+    NetworkConfig,
     ThreatModel,
     VerificationOptions,
     VerifyConfig,
     exact_fraction,
     fingerprint,
 )
+from ccdist.data import Split as Split
 from ccdist.recipe import NAME_PATTERN
 from ccdist.yaml_files import nearest as nearest
 from search.errors import UserError
@@ -29,6 +31,7 @@ from search.records import OBJECTIVES
 KIND = "space file"
 # How a search goes on may change from command to command; what a trial's result depends on may not.
 OPEN_TO_CHANGE = ("sampler", "seeds")
+StudyKind = Literal["study", "confirmation"]
 
 
 class SpaceFileError(UserError):
@@ -187,10 +190,14 @@ class StorageConfig(Config):
 class TrackingConfig(Config):
     uri: str | None = Field(None, description="MLflow server; None: a local store in the storage folder")
     enabled: bool = True
+    models: bool = Field(True, description="whether the students become logged models, weights included")
 
 
 class SearchConfig(Config):
     """A whole space file."""
+
+    split: ClassVar[Split] = "validation"
+    kind: ClassVar[StudyKind] = "study"
 
     name: str = Field(
         max_length=100, pattern=NAME_PATTERN, description="the study's name, with the seed if it is not 0"
@@ -224,6 +231,15 @@ class SearchConfig(Config):
     def verifier(self) -> VerifyConfig:
         """The ladder that every trial goes through."""
         return VerifyConfig(threat=self.threat, **dict(self.verification))
+
+    @property
+    def training_data(self) -> DataConfig:
+        """The images of a trial, as its recipe names them."""
+        return self.data
+
+    def verifier_of(self, network: NetworkConfig) -> VerifyConfig:
+        """The ladder that trials of this network go through."""
+        return self.verifier
 
     @property
     def identity(self) -> dict[str, Any]:

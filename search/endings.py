@@ -7,14 +7,22 @@ worker does nothing more, so the trial's lock, which it holds to the last, is no
 from collections.abc import Mapping
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import torch
 
+from ccdist import atomic_files
 from ccdist.atomic_files import write_table
 from ccdist.training import NonFiniteLossError
+from search import run_names
 from search.places import TrialPlaces, discard, load_result, save_result
 from search.records import TrialResult
+from search.student_model import journal_model
 from search.verifying import partial_verdicts
 from tracking.journal import Journal
+from tracking.tables import table_json, tables_tag
+
+# Rows of the table of verdicts that MLflow's page shows; the whole table is in the Parquet file beside it.
+HEAD_ROWS = 100
 
 
 def conclude(places: TrialPlaces, journal: Journal, result: TrialResult, seconds: Mapping[str, float]) -> None:
@@ -23,22 +31,25 @@ def conclude(places: TrialPlaces, journal: Journal, result: TrialResult, seconds
     Args:
         seconds: what else the trial spent its time on, by name.
     """
-    journal.artifact(places.student, "student")
-    journal.artifact(places.verdicts, "verification")
-    metrics = {
-        "standard_accuracy": result.standard_accuracy,
-        "adversarial_accuracy": result.adversarial_accuracy,
-        "certified_accuracy": result.certified_accuracy,
-        "certified_upper": result.certified_upper,
-        "seconds": result.seconds,
-        **{f"cost/{name}_seconds": value for name, value in (*seconds.items(), *result.costs.items())},
-    }
-    tags = {"cert.state": "COMPLETE", "cert.verification": result.verification_state}
-    if result.reason is not None:
-        tags["cert.reason"] = result.reason
-    journal.end("FINISHED", metrics, tags | {f"cert.{name}": value for name, value in result.provenance.items()})
+    journal.artifact(places.student, run_names.STUDENT_FOLDER)
+    tags = run_names.end_tags("COMPLETE", result.reason) | {run_names.VERIFICATION: result.verification_state}
+    if places.verdicts.exists():  # a verification that was stopped may have stored none
+        tags |= _tell_verdicts(places, journal)
+    tags |= journal_model(places, journal, result)
+    tags |= {f"cert.{name}": value for name, value in result.provenance.items()}
+    journal.end("FINISHED", run_names.result_metrics(result, seconds), tags)
     save_result(places, result)
     discard(places)
+
+
+def _tell_verdicts(places: TrialPlaces, journal: Journal) -> dict[str, str]:
+    """The table of verdicts, and its first rows as a page shows them; returns the tag that says so."""
+    head = pq.read_table(places.verdicts).slice(0, HEAD_ROWS)
+    rows = zip(*(column.to_pylist() for column in head.columns), strict=True)
+    atomic_files.write_text(places.verdicts_shown, table_json(head.column_names, rows))
+    for path in (places.verdicts, places.verdicts_shown):
+        journal.artifact(path, run_names.VERIFICATION_FOLDER)
+    return tables_tag(f"{run_names.VERIFICATION_FOLDER}/{places.verdicts_shown.name}")
 
 
 def conclude_stopped(places: TrialPlaces, result: TrialResult, reason: str | None = None) -> TrialResult:
@@ -65,7 +76,7 @@ def conclude_stopped(places: TrialPlaces, result: TrialResult, reason: str | Non
 def conclude_training_stopped(places: TrialPlaces, reason: str) -> None:
     """End a trial whose training was stopped; of its files nothing stays that is of use to a training only."""
     with Journal(places.journal) as journal:
-        journal.end("FINISHED", {}, {"cert.state": "STOPPED", "cert.reason": reason})
+        journal.end("FINISHED", {}, run_names.end_tags("STOPPED", reason))
     discard(places)
 
 

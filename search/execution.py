@@ -3,8 +3,11 @@
 Apart from `search.run` because importing Ray takes seconds that a finished study need not pay.
 """
 
+import gc
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,17 +22,22 @@ from search.budget import Budget
 from search.cluster import Cluster, connected
 from search.config import SearchConfig
 from search.driver_lock import DriverLock
+from search.front_log import FrontLog
+from search.listeners import Listeners
 from search.progress import Progress
 from search.records import StudyRecord
+from search.redrawing import Redrawing
 from search.scheduler import StudyScheduler
 from search.searcher import StudySearcher
 from search.space import Space
 from search.storage import Storage
 from search.study import Assignment, Study
+from search.study_files import draw
 from search.teachers import TeacherStore, teacher_key
 from search.trial_files import TrialFiles
 from search.waiting import TeacherQueue
 from search.worker import SharedDataset, trainable
+from tracking.journal import STUDY_JOURNAL
 from tracking.tracker import Status
 
 # Nodes and workers die for reasons that are not the trial's; a trial that kills its worker does it again.
@@ -47,19 +55,29 @@ class Outcome:
 
 
 def execute(
-    config: SearchConfig, space: Space, storage: Storage, dataset: Dataset, console: Console, lock: DriverLock
+    config: SearchConfig,
+    space: Space,
+    storage: Storage,
+    dataset: Dataset,
+    console: Console,
+    lock: DriverLock,
+    *,
+    study_type: type[Study] = Study,
+    close: Callable[[StudyRecord, Storage, Status], None] | None = None,
 ) -> Outcome:
     """Run trials until the study is complete, gives up, or Ctrl-C.
 
     Args:
         lock: this driver's; should it be lost, the search ends.
+        study_type: decides which trials are asked for.
+        close: writes what the study leaves behind, and its last word; None: as for a search.
 
     Raises:
         UserError: the cluster or the stored study does not fit; nothing was started.
     """
     shared = SharedDataset.of(dataset)
     with connected(config.resources, shared.num_bytes) as cluster:
-        study = Study.open(config, space, storage.study_url, dataset.fingerprint)
+        study = study_type.open(config, space, storage.study_url, dataset.fingerprint)
         storage.claim(config.study_name, study.identifier)
         before = study.record()
         console.print(
@@ -72,19 +90,25 @@ def execute(
             try:
                 searcher = _fit(study, storage, cluster, shared, console, before, dataset.fingerprint, lock)
             except BaseException:
-                _close(study.record(), storage, "KILLED", lock)
+                _close(study.record(), storage, "KILLED", lock, close)
                 raise
             record = study.record()
             ended = len(record.done) >= config.budget.trials or searcher.budget_reason is not None
             status: Status = "FAILED" if searcher.stop_reason else "FINISHED" if ended else "KILLED"
-            _close(record, storage, status, lock)
+            _close(record, storage, status, lock, close)
             return Outcome(record, searcher.stop_reason, searcher.budget_reason, where_to_look(tracker, storage))
 
 
-def _close(record: StudyRecord, storage: Storage, status: Status, lock: DriverLock) -> None:
+def _close(
+    record: StudyRecord,
+    storage: Storage,
+    status: Status,
+    lock: DriverLock,
+    close: Callable[[StudyRecord, Storage, Status], None] | None = None,
+) -> None:
     """Nothing is said of a study whose lock was lost: its unfinished trials may run under another driver now."""
     if lock.still_held():
-        close_study(record, storage, status)
+        (close or close_study)(record, storage, status)
 
 
 def _fit(
@@ -101,14 +125,25 @@ def _fit(
     config = study.config
     results = {trial.key: trial.objectives for trial in before.complete if trial.objectives is not None}
     num_stopped = len(before.done) - len(before.complete)
-    progress = Progress(console, config.budget.trials, before.reference, results, num_stopped=num_stopped)
+    # Of a confirmation's trials none is on a front: their means are.
+    progress = Progress(
+        console,
+        config.budget.trials,
+        before.reference,
+        results,
+        num_stopped=num_stopped,
+        shows_front=config.kind == "study",
+    )
+    journal = storage.journals(config.study_name) / STUDY_JOURNAL
+    redrawing = Redrawing(lambda record: draw(record, storage.study_folder(record.name)))
+    front_log = FrontLog(journal, study, redrawing, lock.still_held)
     scheduler = StudyScheduler(study)
     searcher = StudySearcher(
         study,
         Budget(config.budget, config.resources, study.trials),
         cluster.slots,
         TrialFiles(storage.artifacts, config.study_name),
-        progress,
+        Listeners([progress, front_log]),
         scheduler,
         Asker.of(config.search.sampler.kind),
         TeacherQueue(partial(_teacher_of, study, fingerprint), TeacherStore.of(storage.teachers)),
@@ -123,8 +158,9 @@ def _fit(
         shared=shared,
         resources=config.resources,
         stopping=config.stopping,
+        exports=config.tracking.enabled and config.tracking.models,
     )
-    with tempfile.TemporaryDirectory(prefix="ccdist-tune-") as scratch, progress:
+    with tempfile.TemporaryDirectory(prefix="ccdist-tune-") as scratch, progress, front_log, _quick_collections():
         # Tune's own files are scratch: the study is the truth, and nothing is ever restored from them.
         tuner = tune.Tuner(
             tune.with_resources(bound, {"cpu": config.resources.cpu, "gpu": config.resources.gpu}),
@@ -147,6 +183,17 @@ def _fit(
     if scheduler.error is not None:
         console.print(f"warning: {scheduler.error}", highlight=False, markup=False, soft_wrap=True)
     return searcher
+
+
+@contextmanager
+def _quick_collections() -> Iterator[None]:
+    """Garbage collection leaves out what is there already: libraries alone keep it busy for a quarter of a second."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _teacher_of(study: Study, data_fingerprint: str, assignment: Assignment) -> str | None:

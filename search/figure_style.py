@@ -10,6 +10,8 @@ import plotly.graph_objects as go
 
 # Okabe and Ito's palette, whose colours are told apart with any colour vision.
 FRONT, OTHER, SEEDS, REFERENCE, AREA = "#0072B2", "#8C8C8C", "#E69F00", "#000000", "rgba(0, 114, 178, 0.10)"
+# Lines of trials below the front, among lines whose colour is a number; a neutral grey is yellow to eyes without blue.
+BELOW = "#D6E1EA"
 INK, FAINT, GRID = "#1F2328", "#57606A", "#E4E7EB"
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 

@@ -43,6 +43,7 @@ from search.report_text import (
 REACH = 1.5  # the view includes a reference that is at most this many spans of the trials away
 LABEL_WIDTH, LABEL_HEIGHT = 0.075, 0.05  # room for the label of a point, as shares of the view
 MANY = 300  # more points than this are drawn smaller and paler
+BARS = 1_000  # of more other points than this no bars are drawn, and hovering is short: the table has the rest
 MIN_SPAN = 0.04  # the view of a single trial, or of trials that hardly differ, is this wide
 PLOTLY_LINE, PNG_LINE = 115, 140  # characters of small print in one line of a figure
 TITLE_LINE = 95  # characters of a line of the picture's title
@@ -61,7 +62,7 @@ class _Groups(NamedTuple):
 def front_figure(study: StudyRecord) -> go.Figure:
     """The front, and above it what its numbers are, for a place that has no caption."""
     found = study_front(study)
-    return _with_title(untitled_front(found), found)
+    return with_title(untitled_front(found), found)
 
 
 def untitled_front(found: Front) -> go.Figure:
@@ -77,7 +78,10 @@ def untitled_front(found: Front) -> go.Figure:
     if found.repeated:
         figure.add_scatter(**_spreads(found.repeated), name="lowest to highest seed")
     figure.add_scatter(
-        **_points(found, others, OTHER), mode="markers", name="other trials", marker=_other_marker(len(others))
+        **_points(found, others, OTHER, is_brief=len(others) > BARS),
+        mode="markers",
+        name="other trials",
+        marker=_other_marker(len(others)),
     )
     if possible:
         hollow = {"symbol": "diamond", "color": "white", "size": 8, "line": {"color": FRONT, "width": 1.5}}
@@ -114,7 +118,7 @@ def save_front_png(study: StudyRecord, path: Path | str) -> None:
     """The front as a picture for places that show no interactive figure; replaces `path` in one step."""
     found = study_front(study)
     groups = _groups(found)
-    figure = Figure(figsize=(8, 5.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 5.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory and, unlike pyplot, leaves no global state
     axes = figure.add_subplot()
     _draw(axes, found, groups)
@@ -150,6 +154,8 @@ def marks(found: Front) -> list[str]:
         sentences.append("Hollow diamonds: their undecided images could bring them to the front.")
     if found.repeated:
         sentences.append("Orange crosses: from the lowest to the highest of several seeds, around their mean.")
+    if len(_groups(found).others) > BARS:
+        sentences.append("The lines of the other trials, which are many, are left out.")
     return sentences
 
 
@@ -163,7 +169,8 @@ def _coordinates(points: Sequence[Configuration]) -> tuple[list[float], list[flo
     return [each.standard_accuracy for each in points], [each.certified_accuracy for each in points]
 
 
-def _with_title(figure: go.Figure, found: Front) -> go.Figure:
+def with_title(figure: go.Figure, found: Front) -> go.Figure:
+    """A figure of the study with what its numbers are above it, for a place that has no caption."""
     lines = [f"{front_summary(found)}, {hypervolume_summary(found)}", *wrap(setting(found), PLOTLY_LINE)]
     title = {
         "text": escape(found.study.name),
@@ -176,9 +183,19 @@ def _with_title(figure: go.Figure, found: Front) -> go.Figure:
     )
 
 
-def _points(found: Front, points: Sequence[Configuration], colour: str, note: str = "") -> dict[str, Any]:
-    """Where points are, their intervals of certified accuracy, and everything known about them on hover."""
+def _points(
+    found: Front, points: Sequence[Configuration], colour: str, note: str = "", *, is_brief: bool = False
+) -> dict[str, Any]:
+    """Where points are, their intervals of certified accuracy, and everything known about them on hover.
+
+    Args:
+        is_brief: no intervals, and on hover no more than which trial it is and its results.
+    """
     x, y = _coordinates(points)
+    if is_brief:
+        keys = [f"<b>{escape(each.trials[0].key)}</b>" for each in points]
+        hover = "%{hovertext}: standard %{x:.4f}, certified %{y:.4f}<extra></extra>"
+        return {"x": x, "y": y, "hovertext": keys, "hovertemplate": hover}
     above = [each.certified_upper - each.certified_accuracy for each in points]
     bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": [0.0] * len(above)}
     return {
@@ -310,7 +327,8 @@ def _draw(axes: Axes, found: Front, groups: _Groups) -> None:
     for each in found.repeated:
         axes.hlines(each.certified_accuracy, *each.standard_range, color=SEEDS, linewidth=1.4, zorder=2.5)
         axes.vlines(each.standard_accuracy, *each.certified_range, color=SEEDS, linewidth=1.4, zorder=2.5)
-    _draw_points(axes, groups.others, OTHER, 24 if len(groups.others) <= MANY else 12)
+    few, bars = len(groups.others) <= MANY, len(groups.others) <= BARS
+    _draw_points(axes, groups.others, OTHER, 24 if few else 12, has_bars=bars)
     _draw_points(axes, groups.possible, FRONT, 40, marker="D", is_hollow=True)
     doubtful = [each for each in groups.members if each.number in found.doubtful]
     certain = [each for each in groups.members if each.number not in found.doubtful]
@@ -327,9 +345,11 @@ def _draw_points(
     *,
     marker: str = "o",
     is_hollow: bool = False,
+    has_bars: bool = True,
 ) -> None:
     x, y = _coordinates(points)
-    axes.vlines(x, y, [each.certified_upper for each in points], color=colour, linewidth=0.9, alpha=0.6, zorder=2)
+    if has_bars:
+        axes.vlines(x, y, [each.certified_upper for each in points], color=colour, linewidth=0.9, alpha=0.6, zorder=2)
     face, edge = ("white", colour) if is_hollow else (colour, "white")
     width = 1.4 if is_hollow else 0.6
     axes.scatter(x, y, s=size, marker=marker, facecolor=face, edgecolor=edge, linewidth=width, zorder=4)

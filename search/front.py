@@ -1,4 +1,8 @@
-"""python -m search.front STUDY: the front as a table and an HTML report, from what is stored, at any time."""
+"""python -m search.front STUDY: the front as a table and an HTML report, from what is stored, at any time.
+
+With --from-verdicts the front is counted anew from the proofs of single images, and compared with what the study says.
+Exit codes: 0; 1 the verdicts say otherwise than the study, or some are missing; 2 there is no such study.
+"""
 
 import argparse
 import json
@@ -8,49 +12,100 @@ from pathlib import Path
 
 from rich.console import Console
 
-from search.config import SpaceFileError, load_search_config
-from search.page import write_report
-from search.report import front_json, front_table
-from search.storage import DEFAULT_STORAGE, StorageError, default_study_url
-from search.study import StudyError, load_record
+from search.config import load_search_config
+from search.errors import UserError
+from search.records import StudyRecord
+from search.report import SHOWN_MEMBERS, front_json, front_table
+from search.storage import DEFAULT_STORAGE, Storage, StorageError, default_study_url
+from search.study import load_record
+
+OK, DIFFERENT, BAD_INPUT = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    folder = Path(args.storage).resolve()
     try:
-        name = _study_name(args.study)
-        record = load_record(args.study_url or default_study_url(folder), name)
-        report = folder / "artifacts" / name / "report.html"
-        try:
-            report.parent.mkdir(parents=True, exist_ok=True)
-            write_report(record, report)
-        except OSError as error:
-            raise StorageError(f"report {report} cannot be written ({error.strerror})") from error
-    except (StudyError, StorageError, SpaceFileError) as error:
+        storage, name = _place(args)
+        record = load_record(storage.study_url, name)
+        if args.from_verdicts:
+            return _from_verdicts(record, storage.artifacts, args)
+        report = _written_report(record, storage.study_folder(name))
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return BAD_INPUT
+    _show(record, args)
+    if not args.json:
+        Console().print(f"report: {report}", soft_wrap=True, highlight=False)
+    return OK
+
+
+def _written_report(record: StudyRecord, folder: Path) -> Path:
+    from search.page import write_report  # plotly takes its time to import
+
+    report = folder / "report.html"
+    try:
+        write_report(record, report)
+    except OSError as error:
+        raise StorageError(f"report {report} cannot be written ({error.strerror})") from error
+    return report
+
+
+def _from_verdicts(study: StudyRecord, artifacts: Path, args: argparse.Namespace) -> int:
+    """Show the front of the verdicts, and say whether it is that of the study."""
+    from search.verdict_fronts import front_from_verdicts
+
+    found = front_from_verdicts(study, artifacts)
+    _show(found.record, args)
+    told = sys.stderr if args.json else sys.stdout
+    for difference in found.differences:
+        print(f"{difference.key}: {difference.text}", file=told)
+    if found.differences:
+        return DIFFERENT
+    text = "no trial has a result yet"
+    if found.num_counted:
+        trials = f"{found.num_counted:,} trial{'' if found.num_counted == 1 else 's'}"
+        images = f"{found.record.num_images:,} images each"
+        text = f"front and accuracies counted from those of {trials}, {images}, are the study's"
+    print(f"verdicts: {text}", file=told)
+    return OK
+
+
+def _show(record: StudyRecord, args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(front_json(record), indent=1, allow_nan=False))
     else:
-        console = Console()
-        console.print(front_table(record))
-        console.print(f"report: {report}", soft_wrap=True, highlight=False)
-    return 0
+        Console().print(front_table(record, None if args.all else SHOWN_MEMBERS))
 
 
-def _study_name(text: str) -> str:
-    """A study's name, or that of the study of a space file."""
-    path = Path(text)
-    return load_search_config(path).study_name if path.suffix in (".yaml", ".yml") and path.is_file() else text
+def _place(args: argparse.Namespace) -> tuple[Storage, str]:
+    """The places of a study, by its name or by its space file, and its name."""
+    path = Path(args.study)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        config = load_search_config(path)
+        storage, name = Storage.of(config, args.storage), config.study_name
+    else:
+        folder, name = Path(args.storage or DEFAULT_STORAGE).resolve(), args.study
+        storage = Storage(folder, default_study_url(folder), folder / "artifacts", None)
+    study_url = args.study_url or storage.study_url
+    artifacts = Path(args.artifacts).resolve() if args.artifacts else storage.artifacts
+    return Storage(storage.folder, study_url, artifacts, storage.tracking_uri), name
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m search.front", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m search.front", description=__doc__.split("\n")[0])
     parser.add_argument("study", metavar="STUDY", help="the study's name, as search.run prints it, or its space file")
-    parser.add_argument("--storage", metavar="DIR", default=DEFAULT_STORAGE, help="the search's storage folder")
+    parser.add_argument("--storage", metavar="DIR", help=f"the search's storage folder (default: {DEFAULT_STORAGE})")
     parser.add_argument("--study-url", metavar="URL", help="the study's database, when it is not in that folder")
+    parser.add_argument("--artifacts", metavar="DIR", help="the artefacts, when they are not in that folder")
     parser.add_argument("--json", action="store_true", help="print the front and all trials as JSON")
+    parser.add_argument(
+        "--all", action="store_true", help=f"list the whole front, also when it has more than {SHOWN_MEMBERS} members"
+    )
+    parser.add_argument(
+        "--from-verdicts",
+        action="store_true",
+        help="count the front anew from each trial's verdicts.parquet, and compare it with the study",
+    )
     return parser
 
 

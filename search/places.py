@@ -1,7 +1,7 @@
 """Where one trial keeps its files, and what stays of them when it is over.
 
 While it runs: the last training state, `rungs.json`, what it spent on its teacher, a folder for the state of the
-verification. Afterwards: the student's weights, the verdicts and the result.
+verification. Afterwards: the student's weights, its program for MLflow, the verdicts and the result.
 """
 
 import json
@@ -39,6 +39,16 @@ class TrialPlaces:
         return self.folder / "student"
 
     @property
+    def model(self) -> Path:
+        """The student as MLflow is to keep it."""
+        return self.folder / "model"
+
+    @property
+    def graphs(self) -> Path:
+        """What the programs of a study's students have in common."""
+        return self.journal.parents[1] / "graphs"
+
+    @property
     def state(self) -> Path:
         """The training state of the student, of the whole recipe."""
         return self.folder / "state.safetensors"
@@ -66,6 +76,11 @@ class TrialPlaces:
     @property
     def verdicts(self) -> Path:
         return self.folder / "verdicts.parquet"
+
+    @property
+    def verdicts_shown(self) -> Path:
+        """The first rows of the verdicts, for a page."""
+        return self.folder / "verdicts_head.json"
 
 
 def load_result(places: TrialPlaces) -> TrialResult | None:

@@ -112,14 +112,14 @@ def plan_lines(
         f"stopped early: {' and '.join(kind for kind, on in stops.items() if on) or 'nothing'}"
     )
     yield (
-        f"one trial: {_duration(cost.student)} student, {_duration(cost.verification)} verification; a teacher: "
-        f"{_duration(cost.teacher)}, once for each recipe (from {cost.source})"
+        f"one trial: {duration(cost.student)} student, {duration(cost.verification)} verification; a teacher: "
+        f"{duration(cost.teacher)}, once for each recipe (from {cost.source})"
     )
     teachers = _num_teachers(space, left)
     seconds = left * cost.seconds + teachers * cost.teacher
     unit = "GPU" if config.resources.gpu else "core"
     yield (
-        f"{left} trials to run, {slots} at once on this machine: about {_duration(seconds / slots)}, "
+        f"{left} trials to run, {slots} at once on this machine: about {duration(seconds / slots)}, "
         f"{seconds / SECONDS_PER_HOUR * (config.resources.gpu or config.resources.cpu):.2g} {unit}-hours, "
         "less what stopping early saves"
     )
@@ -205,7 +205,8 @@ def _range(distribution: BaseDistribution) -> str:
     raise AssertionError(distribution)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in the unit that fits."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / SECONDS_PER_HOUR:.1f} h"

@@ -26,6 +26,7 @@ class Progress:
 
     Args:
         results: (standard, certified) of trials that were COMPLETE before.
+        shows_front: whether trials are compared with one another.
     """
 
     console: Console
@@ -35,6 +36,7 @@ class Progress:
     running: dict[str, _Running] = field(default_factory=dict)
     num_stopped: int = 0  # trials whose training was stopped, before and now
     num_failed: int = 0
+    shows_front: bool = True
 
     def __post_init__(self) -> None:
         self._started = time.monotonic()
@@ -88,7 +90,7 @@ class Progress:
         self.console.print(f"{key}  FAILED  {reason}", highlight=False, markup=False, soft_wrap=True)
 
     def _front(self) -> list[str]:
-        keys = list(self.results)
+        keys = list(self.results) if self.shows_front else []
         return [keys[index] for index in front([self.results[key] for key in keys])] if keys else []
 
     def _render(self) -> RenderableType:

@@ -1,11 +1,14 @@
 """What a study holds, as plain values: the shape that front, report and tracking read.
 
-Accuracies are fractions of the validation images, times are seconds, larger objectives are better.
+Accuracies are fractions of the validation images, in a confirmation of the test images; times are seconds; larger
+objectives are better.
 """
 
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from ccdist.data import Split
 
 # STOPPED: its training was ended early because it could not reach the front; it counts as done.
 TrialState = Literal["COMPLETE", "STOPPED", "FAILED", "RUNNING", "WAITING"]
@@ -105,9 +108,10 @@ class StudyRecord:
     trials: tuple[TrialRecord, ...]
     dataset: str
     threat: str  # for example "linf 2/255"
-    num_images: int  # validation images
-    verifier: str  # for example "pgd 40x0.035, ibp, crown"
+    num_images: int  # of its split
+    verifier: str  # its ladder with steps, restarts and limits
     started_at: float  # Unix time
+    split: Split = "validation"  # of the images
 
     @property
     def complete(self) -> tuple[TrialRecord, ...]:

@@ -30,11 +30,13 @@ from search.report_text import (
     parameters_text,
     setting,
     shared_parameters,
+    spread,
     stopped_summary,
     varied_parameters,
 )
 
 HEADER_WIDTH = 8  # a longer name of a parameter is folded at its underscores
+SHOWN_MEMBERS = 30  # of a larger front a terminal shows so many, spread over it
 UNLIMITED = 10_000  # a terminal wide enough for any table
 
 
@@ -81,7 +83,7 @@ class FrontTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text | Table]:
         # Text, not str: a parameter's value in square brackets is no markup.
         yield Text(self.heading, style="bold")
-        for columns in self._split(console, options):
+        for columns in self._split(console, options) if self.key.cells else []:
             yield Text()
             yield _terminal_table(columns)
         yield Text()
@@ -104,16 +106,27 @@ class FrontTable:
         return tables
 
 
-def front_table(study: StudyRecord) -> FrontTable:
-    """The front for a terminal, best standard accuracy first; a configuration with several seeds is one row."""
+def front_table(study: StudyRecord, most: int | None = SHOWN_MEMBERS) -> FrontTable:
+    """The front for a terminal, best standard accuracy first; a configuration with several seeds is one row.
+
+    Args:
+        most: of a front with more members only so many are listed, spread over it; None: all are.
+    """
     found = study_front(study)
     members = by_standard_accuracy(found.members)
+    left_out = ""
+    if most is not None and len(members) > most:
+        members = spread(members, most)
+        left_out = (
+            f"{len(members)} of the {len(found.members):,} members of the front, spread over it; "
+            f"python -m search.front {study.name} --all lists them all."
+        )
     results = [means_text(member) for member in members]
     seeds = [_Column("seeds", [str(member.num_seeds) for member in members])] if found.repeated else []
     shared = parameters_text(shared_parameters(study.complete))
     stopped = stopped_summary(study)
     firsts = [member.trials[0] for member in members]
-    notes = [*doubts(found), *([f"{stopped}."] if stopped else []), setting(found)]
+    notes = [*filter(None, [left_out]), *doubts(found), *([f"{stopped}."] if stopped else []), setting(found)]
     return FrontTable(
         heading=f"{study.name}: {front_summary(found)}\n{hypervolume_summary(found)}",
         key=_Column("trial", [keys_text(found, member) for member in members], is_numeric=False),

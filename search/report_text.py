@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from search.configurations import Configuration, Front, open_share
 from search.records import StudyRecord, TrialRecord
 
@@ -18,6 +20,18 @@ LISTED = 5  # more configurations than this are counted, not listed
 def by_standard_accuracy(members: Iterable[Configuration]) -> list[Configuration]:
     """The best standard accuracy first."""
     return sorted(members, key=lambda member: (-member.standard_accuracy, member.number))
+
+
+def spread(members: Sequence[Configuration], most: int) -> list[Configuration]:
+    """At most so many members of a front in the order given: both ends, and between them equally far apart on it."""
+    if len(members) <= most:
+        return list(members)
+    points = np.array([member.objectives for member in members])
+    # Distances in shares of what the front spans in either objective, so that units and ranges do not matter.
+    steps = np.abs(np.diff(points, axis=0)) / np.maximum(np.ptp(points, axis=0), np.finfo(float).tiny)
+    places = np.concatenate([[0.0], np.cumsum(steps.sum(axis=1))])
+    wanted = np.linspace(0.0, places[-1], most)
+    return [members[index] for index in sorted({int(np.abs(places - place).argmin()) for place in wanted})]
 
 
 def varied_parameters(trials: Iterable[TrialRecord]) -> list[str]:
@@ -45,17 +59,24 @@ def setting(found: Front) -> str:
     seeds = f"{fewest} to {most}" if fewest < most else f"{most}"
     point = "n = 1 seed" if most == 1 else f"the mean of n = {seeds} seeds"
     return (
-        f"{study.num_images:,} validation images of {study.dataset}; threat: {study.threat}; "
+        f"{images_text(study)} of {study.dataset}; threat: {study.threat}; "
         f"verifier: {study.verifier}; each point: {point}."
     )
 
 
+def images_text(study: StudyRecord) -> str:
+    """How many images of which split the accuracies are fractions of; without a number while no trial has told it."""
+    return f"{study.num_images:,} {study.split} images" if study.num_images else f"{study.split} images"
+
+
 def front_summary(found: Front) -> str:
     trials, points = len(found.study.complete), len(found.configurations)
-    of = f"{trials} complete {_plural('trial', trials)}"
+    if not trials:
+        return "no complete trial yet"
+    of = f"{trials:,} complete {_plural('trial', trials)}"
     if points < trials:
-        of = f"{points} {_plural('configuration', points)} ({of})"
-    return f"{len(found.members)} of {of} on the front"
+        of = f"{points:,} {_plural('configuration', points)} ({of})"
+    return f"{len(found.members):,} of {of} on the front"
 
 
 def hypervolume_summary(found: Front) -> str:

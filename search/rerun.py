@@ -49,6 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         record, config = load_record(url, args.study), stored_config(url, args.study)
         if args.data is not None:
             config = config.model_copy(update={"data": config.data.model_copy(update={"path": args.data})})
+        if config.kind != "study":
+            raise RerunError(
+                f"{args.study} is a confirmation; search.confirm runs its trials again under another --name"
+            )
         trial = chosen_trial(record, args.trial)
         out = Path(args.out or f"reruns/{trial.key}").resolve()
         if out.exists() and any(out.iterdir()):

@@ -16,6 +16,7 @@ from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.data import Dataset, load_dataset
 from search.bookkeeping import close_study, is_settled, tracked
 from search.config import SearchConfig, find_space_file, load_search_config
+from search.database import without_password
 from search.errors import UserError
 from search.page import write_report
 from search.plan import show_plan
@@ -125,7 +126,7 @@ def _command(args: argparse.Namespace) -> str:
     words += ["--storage", args.storage] if args.storage else []
     words += ["--trials", str(args.trials)] if args.trials is not None else []
     for setting in args.set:
-        words += ["--set", setting]
+        words += ["--set", without_password(setting)]
     return shlex.join(words)
 
 

@@ -191,7 +191,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _config(self, assignment: Assignment, *, resume: bool = False) -> dict[str, Any]:
         recipe = self._study.space.recipe(assignment.params, assignment.number)
-        return Suggestion(assignment.key, assignment.params, recipe, resume=resume).to_config()
+        suggestion = Suggestion(
+            assignment.key, assignment.params, recipe, resume=resume, configuration=assignment.configuration
+        )
+        return suggestion.to_config()
 
     def _next_resumption(self) -> Assignment | None:
         """All trials are there and budget is left: the verification whose rest narrows the front most per second."""

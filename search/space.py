@@ -133,7 +133,8 @@ class Space:
     def _build(self, choose: _Choose, seeds: Mapping[str, int]) -> Recipe:
         resolved = self._resolve(self.tree, (), choose)
         config = self.config
-        parts: dict[str, Config] = {"network": _validate(NetworkConfig, resolved["network"], "network")}
+        network: NetworkConfig = _validate(NetworkConfig, resolved["network"], "network")
+        parts: dict[str, Config] = {}
         for section, model in (("teacher", TeacherConfig), ("student", StudentConfig)):
             for owned in ("network", "seed"):
                 if owned in resolved[section]:
@@ -141,11 +142,10 @@ class Space:
                         f"{section}.{owned} is not set there: the network stands beside it under `network`, "
                         "seeds follow from search.seed"
                     )
-            values = resolved[section] | {"network": parts["network"], "seed": seeds[section]}
+            values = resolved[section] | {"network": network, "seed": seeds[section]}
             parts[section] = _validate(model, values, section)
-        whole = parts | {"data": config.data, "threat": config.threat, "verification": config.verifier}
-        del whole["network"]
-        recipe: Recipe = _validate(Recipe, whole, "")
+        fixed = {"data": config.training_data, "threat": config.threat, "verification": config.verifier_of(network)}
+        recipe: Recipe = _validate(Recipe, parts | fixed, "")
         return recipe
 
     def _resolve(self, node: Any, path: tuple[str, ...], choose: _Choose) -> Any:

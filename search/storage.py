@@ -12,8 +12,10 @@ from search.config import SearchConfig
 from search.database import sqlite_file
 from search.driver_lock import DriverLock, file_lock, study_lock
 from search.errors import UserError
+from search.formats import UNMARKED
 from search.mounts import current_mounts, network_file_system
 from search.teachers import TeacherStore
+from tracking.address import HOW_TO_LOG_IN, URI, Address, AddressError, is_server, shown
 
 DEFAULT_STORAGE = "runs"
 _TRACKING_SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql")
@@ -30,7 +32,8 @@ class Storage:
     folder: Path  # the local tracking store
     study_url: str
     artifacts: Path
-    tracking_uri: str | None  # the space file's, else MLflow's own variable; None: the local store in `folder`
+    # The space file's, else that of MLflow's own variable, without a login; None: the local store in `folder`.
+    tracking_uri: str | None
 
     @classmethod
     def of(cls, config: SearchConfig, directory: str | None) -> "Storage":
@@ -39,18 +42,12 @@ class Storage:
         study_url = None if directory else config.storage.study
         artifacts = None if directory else config.storage.artifacts
         if artifacts is not None and "://" in artifacts:
-            raise StorageError(f"storage.artifacts is {artifacts}; expected a folder that all workers can reach")
-        tracking_uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-        if config.tracking.enabled and tracking_uri and not tracking_uri.startswith(_TRACKING_SCHEMES):
-            raise StorageError(
-                f"tracking.uri (or MLFLOW_TRACKING_URI) is {tracking_uri}; expected a server such as "
-                "http://host:5000, or a database URL; --set tracking.enabled=false does without"
-            )
+            raise StorageError(f"storage.artifacts is {shown(artifacts)}; expected a folder that all workers can reach")
         return cls(
             folder,
             study_url or default_study_url(folder),
             Path(artifacts).resolve() if artifacts else folder / "artifacts",
-            tracking_uri,
+            _tracking_address(config),
         )
 
     def study_folder(self, study: str) -> Path:
@@ -85,12 +82,14 @@ class Storage:
     def claim(self, study: str, identifier: str) -> None:
         """Mark the study's folder as its own, or check that it is: trials there are trusted by their keys.
 
+        The first studies marked none; one of those takes the folder of its name.
+
         Raises:
             StorageError: the folder holds another study of that name, such as one whose database was deleted.
         """
         mark = self.study_folder(study) / "study.id"
         mark.parent.mkdir(parents=True, exist_ok=True)
-        if not mark.exists() and not (mark.parent / "trials").exists():
+        if not mark.exists() and (identifier.startswith(UNMARKED) or not (mark.parent / "trials").exists()):
             mark.write_text(identifier)
         if not mark.exists() or mark.read_text() != identifier:
             raise StorageError(
@@ -129,6 +128,34 @@ class Storage:
                 _read_network(student)
 
 
+def _tracking_address(config: SearchConfig) -> str | None:
+    """Where the study is tracked, as it may be stored: a login stays in the environment, where it is found again.
+
+    Raises:
+        StorageError: it is no address, or the space file holds a login; the text does not.
+    """
+    in_file = config.tracking.uri
+    uri = in_file or os.environ.get(URI)
+    if not uri or (not in_file and not config.tracking.enabled):
+        return None
+    if config.tracking.enabled and not uri.startswith(_TRACKING_SCHEMES):
+        raise StorageError(
+            f"tracking.uri (or {URI}) is {shown(uri)}; expected a server such as "
+            "http://host:5000, or a database URL; --set tracking.enabled=false does without"
+        )
+    try:
+        address = Address.of(uri)
+    except AddressError as error:
+        raise StorageError(f"tracking.uri (or {URI}) {error}") from None
+    if in_file and address.has_secret:
+        advice = HOW_TO_LOG_IN if is_server(uri) else f"set {URI} to the whole address, or use PGPASSWORD or ~/.pgpass"
+        raise StorageError(
+            f"tracking.uri {shown(uri)} holds a login, and space files are stored and shared; "
+            f"write {address.open} and {advice}"
+        )
+    return address.open
+
+
 def check_local(database: Path, mounts: str) -> None:
     """Refuse an SQLite database on a network file system: its locks and its shared memory work on one machine only.
 
@@ -153,6 +180,8 @@ def default_study_url(folder: Path) -> str:
 def _read_network(folder: Path) -> None:
     try:
         checkpoint.load(folder)
+    except checkpoint.NewerFormatError:
+        raise
     except checkpoint.CorruptCheckpointError as error:
         raise checkpoint.CorruptCheckpointError(
             f"{error}; restore it from a copy, or delete {folder} and it is trained again"

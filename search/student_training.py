@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ccdist import checkpoint
 from ccdist.config import StudentConfig, ThreatModel
 from ccdist.data import Dataset, num_batches, to_pixels
 from ccdist.networks import Network, build_network
-from ccdist.training import EpochReport, TrainingResult
+from ccdist.training import EpochReport, OtherTrainingError, TrainingResult
 from ccdist.verification import quick_accuracies
 from search.config import StoppingConfig
 from search.places import TrialPlaces
@@ -34,14 +35,15 @@ class EpochLog:
         self, dataset: Dataset, threat: ThreatModel, device: torch.device, journal: Journal, reports: Reports
     ) -> None:
         images, labels = dataset.validation.images[:PROBE_IMAGES], dataset.validation.labels[:PROBE_IMAGES]
-        self._probe = to_pixels(images).to(device), labels.to(device)
+        # A curve over test images would be a look at them before the end.
+        self._probe = None if dataset.split == "test" else (to_pixels(images).to(device), labels.to(device))
         self._threat, self._journal, self._reports = threat, journal, reports
 
     def __call__(self, report: EpochReport, stage: str | None = None) -> None:
         """Tell one epoch; stage: the rung that a shortened recipe leads to, None: it is the whole recipe."""
         prefix = report.phase if stage is None else f"{report.phase}_{stage.replace('/', '_')}"
         values = {f"{prefix}/{name}": value for name, value in report.metrics.items()}
-        if report.phase == "student" and stage is None:
+        if report.phase == "student" and stage is None and self._probe is not None:
             standard, certified = quick_accuracies(report.network, *self._probe, self._threat)
             values |= {
                 "validation/standard_accuracy": standard,
@@ -183,7 +185,8 @@ class StudentTraining:
         self.log.rung(name, epoch, values)
 
     def _train(self, config: StudentConfig, state: Path, on_epoch: Callable[[EpochReport], Any]) -> TrainingResult:
-        return self.train(
+        train = partial(
+            self.train,
             self.dataset,
             self.recipe.threat,
             config,
@@ -192,3 +195,9 @@ class StudentTraining:
             state_path=state,
             on_epoch=on_epoch,
         )
+        try:
+            return train()
+        except OtherTrainingError:  # begun by an earlier version of this program, or with a teacher that is lost
+            state.unlink()
+            self.training_seconds = 0.0
+            return train()

@@ -40,6 +40,7 @@ from search.study_record import (
     empty_record,
     made_or_checked,
     not_finite,
+    stored_attributes,
     trial_record,
     with_result,
     with_trials,
@@ -67,7 +68,7 @@ class Study:
     def __init__(self, config: SearchConfig, space: Space, study: optuna.Study, storage: BaseStorage) -> None:
         self.config, self.space = config, space
         self._storage, self._study_id = storage, study._study_id
-        attributes = study.user_attrs
+        attributes = stored_attributes(study)
         self.identifier = str(attributes["id"])  # random: tells its artefacts from those of another of the same name
         self._empty = empty_record(study)
         self._trials: list[TrialRecord] = []
@@ -79,7 +80,7 @@ class Study:
         self._attributes: dict[int, Mapping[str, Any]] = {}  # what suggestions left for later ones
         points: set[int] = set()
         for trial in storage.get_all_trials(self._study_id, deepcopy=False):
-            self._remember(trial, attributes.get(f"{REFINED}{trial.number}"))
+            self._remember(trial, attributes)
             points.add(trial.user_attrs.get("point", -1))
         self._enqueue_points(points)
 
@@ -270,7 +271,7 @@ class Study:
                 f"study {self._empty.name} got trials from another program while this search runs; run it again"
             )
         template.number, template._trial_id = number, trial_id
-        self._remember(template)
+        self._remember(template, {})
         return number
 
     def _finish(
@@ -293,13 +294,13 @@ class Study:
                 self._storage.set_trial_system_attr(trial_id, key, value)
             self._storage.set_trial_state_values(trial_id, state, values)
         except UpdateFinishedTrialError:  # an earlier call was stored, although its answer was an error
-            self._remember(self._storage.get_trial(trial_id))
+            self._remember(self._storage.get_trial(trial_id), {})
             return False
         self._put(record)
         return True
 
-    def _remember(self, trial: FrozenTrial, refined: Mapping[str, Any] | None = None) -> None:
-        record = trial_record(self._empty.name, trial, refined)
+    def _remember(self, trial: FrozenTrial, study: Mapping[str, Any]) -> None:
+        record = trial_record(self._empty.name, trial, study)
         if record.number == len(self._ids):
             self._ids.append(trial._trial_id)
         if record.state == "FAILED" and trial.user_attrs.get("given_up"):  # else a kill came between the two

@@ -6,21 +6,27 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from ccdist.config import fingerprint
-from search.config import OPEN_TO_CHANGE, SearchConfig
+from ccdist.config import VerificationOptions, fingerprint
+from search import formats
+from search.config import SearchConfig
+from search.confirmation_config import config_of
 from search.database import StudyError, open_storage, sqlite_file, without_password
 from search.records import RungValues, StudyRecord, TrialRecord, TrialResult
 from search.records import TrialState as RecordState
 from search.sampling import DIRECTIONS
+from tracking.address import Address
 
-FORMAT_VERSION = 1
-_ADVICE = "choose another name (--set name=...) or another --storage"
+_OTHER = {"study": "another space", "confirmation": "other options, with which a result means something else"}
+_ADVICE = {
+    "study": "choose another name (--set name=...) or another --storage",
+    "confirmation": "give it the same options again, or choose another --name",
+}
 REFINED = "refined:"  # + trial number: study attribute with a result that is better known than when the trial ended
 _STATES: dict[TrialState, RecordState] = {
     TrialState.COMPLETE: "COMPLETE",
@@ -54,7 +60,7 @@ def stored_record(config: SearchConfig, url: str) -> StudyRecord | None:
     study = optuna.load_study(study_name=config.study_name, storage=storage)
     if "identity" not in study.user_attrs:
         return None
-    _check_same(study, config)
+    _check_same(study, stored_attributes(study), config)
     return study_record(study)
 
 
@@ -67,13 +73,34 @@ def load_record(url: str, name: str) -> StudyRecord:
     return study_record(_load(url, name))
 
 
+class StoredStudy(NamedTuple):
+    """A stored study with what it was made from."""
+
+    record: StudyRecord
+    config: SearchConfig
+    data_fingerprint: str
+    identifier: str
+
+
+def load_stored(url: str, name: str) -> StoredStudy:
+    """A stored study as plain values with what it was made from, for reading only.
+
+    Raises:
+        StudyError: there is no such study.
+    """
+    study = _load(url, name)
+    record, attributes = study_record(study), stored_attributes(study)
+    config = config_of(attributes["space"])
+    return StoredStudy(record, config, str(attributes["data_fingerprint"]), str(attributes["id"]))
+
+
 def stored_config(url: str, name: str) -> SearchConfig:
     """The space file with which a stored study was made.
 
     Raises:
         StudyError: there is no such study.
     """
-    return SearchConfig.model_validate(_load(url, name).user_attrs["space"])
+    return config_of(stored_attributes(_load(url, name))["space"])
 
 
 def _load(url: str, name: str) -> optuna.Study:
@@ -93,7 +120,7 @@ def _load(url: str, name: str) -> optuna.Study:
 
 
 def made_or_checked(config: SearchConfig, storage: BaseStorage, data_fingerprint: str) -> optuna.Study:
-    """The study of a space file, made if there is none.
+    """The study of a space file, made if there is none, and brought to today's format if it has an earlier one.
 
     Raises:
         StudyError: there is one with another space, other data or other directions.
@@ -102,47 +129,52 @@ def made_or_checked(config: SearchConfig, storage: BaseStorage, data_fingerprint
         study_name=config.study_name, storage=storage, directions=DIRECTIONS, load_if_exists=True
     )
     _check_directions(study)
-    attributes = study.user_attrs
-    if "identity" not in attributes:
+    if "identity" not in study.user_attrs:
+        if formats.VERSION in study.user_attrs:
+            formats.check_version(study.study_name, study.user_attrs)
         # The identity is written last: a study whose making was interrupted has none, and is made again.
-        study.set_user_attr("format_version", FORMAT_VERSION)
+        study.set_user_attr(formats.VERSION, formats.FORMAT_VERSION)
         study.set_user_attr("id", uuid.uuid4().hex)
         study.set_user_attr("data_fingerprint", data_fingerprint)
         study.set_user_attr("started_at", time.time())
-        study.set_user_attr("space", config.model_dump(mode="json"))
+        study.set_user_attr("space", _without_logins(config))
         study.set_user_attr("identity", config.identity)
     else:
-        _check_same(study, config)
+        attributes = stored_attributes(study)
+        _check_same(study, attributes, config)
         if attributes["data_fingerprint"] != data_fingerprint:
             raise StudyError(
-                f"study {study.study_name} was made from other images than those of {config.data.name} now; {_ADVICE}"
+                f"study {study.study_name} was made from other images than those of {config.data.name} now; "
+                f"{_ADVICE[config.kind]}"
             )
+        for name, value in formats.changes(study.study_name, study.user_attrs):
+            study.set_user_attr(name, value)
     return study
 
 
-def _check_same(study: optuna.Study, config: SearchConfig) -> None:
-    """Refuse a study that was made by another format, with other directions or from another space."""
-    attributes = study.user_attrs
-    _check_version(study)
+def _without_logins(config: SearchConfig) -> dict[str, Any]:
+    """The space file as it is kept: whoever opens a database again finds its password where the first did."""
+    tree = config.model_dump(mode="json")
+    for section, name in (("storage", "study"), ("tracking", "uri")):
+        if tree[section][name] is not None:
+            tree[section][name] = Address.of(tree[section][name]).open
+    return tree
+
+
+def _check_same(study: optuna.Study, attributes: Mapping[str, Any], config: SearchConfig) -> None:
+    """Refuse a study that was made with other directions or from another space."""
     _check_directions(study)
-    stored = dict(attributes["identity"])
-    # Versions before this one counted the sampler as part of what a study is.
-    stored["search"] = {name: value for name, value in stored["search"].items() if name not in OPEN_TO_CHANGE}
+    stored = attributes["identity"]
     if fingerprint(stored) != config.identity_hash:
         difference = _first_difference(stored, json.loads(json.dumps(config.identity)))
-        raise StudyError(f"study {study.study_name} exists with another space ({difference}); {_ADVICE}")
+        other, advice = _OTHER[config.kind], _ADVICE[config.kind]
+        raise StudyError(f"study {study.study_name} exists with {other} ({difference}); {advice}")
 
 
 def _check_directions(study: optuna.Study) -> None:
     """Refuse a study that does not maximise both objectives; Optuna would keep its directions without a word."""
     if [direction.name.lower() for direction in study.directions] != DIRECTIONS:
-        raise StudyError(f"study {study.study_name} exists with other directions; {_ADVICE}")
-
-
-def _check_version(study: optuna.Study) -> None:
-    version = study.user_attrs.get("format_version")
-    if version != FORMAT_VERSION:
-        raise StudyError(f"study {study.study_name} has format {version}; this program reads {FORMAT_VERSION}")
+        raise StudyError(f"study {study.study_name} exists with other directions; {_ADVICE['study']}")
 
 
 def _first_difference(stored: Any, given: Any, path: str = "") -> str:
@@ -171,26 +203,32 @@ def study_record(study: optuna.Study) -> StudyRecord:
     Raises:
         StudyError: it has another format, or was never completely made.
     """
-    attributes = study.user_attrs
+    attributes = stored_attributes(study)
     trials = study.get_trials(deepcopy=False)
     return with_trials(
         empty_record(study),
-        tuple(trial_record(study.study_name, trial, attributes.get(f"{REFINED}{trial.number}")) for trial in trials),
+        tuple(trial_record(study.study_name, trial, attributes) for trial in trials),
     )
+
+
+def stored_attributes(study: optuna.Study) -> dict[str, Any]:
+    """What is stored of the study itself, in today's format; nothing is written.
+
+    Raises:
+        StudyError: it has a newer format, or was never completely made.
+    """
+    attributes = study.user_attrs
+    if formats.VERSION in attributes:
+        formats.check_version(study.study_name, attributes)
+    if "identity" not in attributes:
+        raise StudyError(f"study {study.study_name} was interrupted while it was made; run its search again")
+    return formats.upgraded(study.study_name, attributes)
 
 
 def empty_record(study: optuna.Study) -> StudyRecord:
     """The study without its trials."""
-    attributes = study.user_attrs
-    if "identity" not in attributes:
-        raise StudyError(f"study {study.study_name} was interrupted while it was made; run its search again")
-    _check_version(study)
-    config = SearchConfig.model_validate(attributes["space"])
-    attack = config.verification.attack
-    rungs = [
-        f"pgd {attack.steps}x{attack.step_size}x{attack.restarts}" if rung == "pgd" else rung
-        for rung in config.verification.rungs
-    ]
+    attributes = stored_attributes(study)
+    config = config_of(attributes["space"])
     return StudyRecord(
         name=study.study_name,
         reference=config.search.hypervolume_reference,
@@ -198,9 +236,35 @@ def empty_record(study: optuna.Study) -> StudyRecord:
         dataset=config.data.name,
         threat=str(config.threat),
         num_images=0,
-        verifier=", ".join(rungs),
+        verifier=verifier_text(config.verification),
         started_at=attributes["started_at"],
+        split=config.split,
     )
+
+
+def verifier_text(options: VerificationOptions) -> str:
+    """The ladder as figures and tables name it, with what its answers depend on: steps, restarts and limits."""
+    attack, ensemble, limits = options.attack, options.ensemble, options.branch_and_bound
+    bounded = [
+        f"{limits.timeout_s:g} s an image" if limits.timeout_s else "",
+        f"{limits.max_branches:,} branches an image" if limits.max_branches else "",
+        f"{limits.total_timeout_s:g} s in all" if limits.total_timeout_s else "",
+    ]
+    spelled = {
+        "pgd": f"PGD ({attack.steps} steps of {attack.step_size:g} of the radius, {_counted(attack.restarts)})",
+        "ensemble": f"attack ensemble ({ensemble.steps} steps, {_counted(ensemble.restarts)}, {ensemble.targets} "
+        f"targets, {ensemble.square_queries:,} queries)",
+        "ibp": "IBP",
+        "crown": "CROWN",
+        "alpha_crown": f"alpha-CROWN ({options.alpha_crown.steps} steps)",
+        "branch_and_bound": f"branch and bound ({', '.join(filter(None, bounded)) or 'no limit'})",
+    }
+    rungs = [spelled[rung] for rung in options.rungs]
+    return ", ".join(rungs if "branch_and_bound" in options.rungs else [*rungs, "no time limit"])
+
+
+def _counted(restarts: int) -> str:
+    return "1 restart" if restarts == 1 else f"{restarts} restarts"
 
 
 def with_trials(record: StudyRecord, trials: tuple[TrialRecord, ...]) -> StudyRecord:
@@ -209,13 +273,12 @@ def with_trials(record: StudyRecord, trials: tuple[TrialRecord, ...]) -> StudyRe
     return replace(record, trials=trials, num_images=num_images)
 
 
-def trial_record(study_name: str, trial: FrozenTrial, refined: Mapping[str, Any] | None = None) -> TrialRecord:
-    """A stored trial as plain values; `refined`: the result that stands in place of its own."""
-    attributes: Mapping[str, Any] = trial.user_attrs
+def trial_record(study_name: str, trial: FrozenTrial, study: Mapping[str, Any]) -> TrialRecord:
+    """A stored trial as plain values; study: the attributes of its study, in today's format."""
+    attributes = formats.upgraded_trial(trial.user_attrs, study)
     state = _STATES[trial.state]
-    # Studies of older versions have the time of the end among the attributes, as failed trials still do.
     result = dict(attributes.get("result", {})) if state == "COMPLETE" else {}
-    ended = {"STOPPED": attributes.get("stopped", {}), "COMPLETE": {**attributes, **result}}.get(state, attributes)
+    ended = {"STOPPED": attributes.get("stopped", {}), "COMPLETE": result}.get(state, attributes)
     record = TrialRecord(
         key=trial_key(study_name, trial.number),
         number=trial.number,
@@ -229,7 +292,7 @@ def trial_record(study_name: str, trial: FrozenTrial, refined: Mapping[str, Any]
         rungs={name: RungValues(**values) for name, values in attributes.get("rungs", {}).items()},
     )
     result.pop("finished_at", None)
-    known = refined or result
+    known = study.get(f"{REFINED}{trial.number}") or result
     return with_result(record, TrialResult(**known)) if state == "COMPLETE" and known else record
 
 

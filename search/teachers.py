@@ -23,7 +23,7 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSystem, FileType, LocalFileSystem
 
 from ccdist import checkpoint
-from ccdist.checkpoint import CorruptCheckpointError
+from ccdist.checkpoint import CorruptCheckpointError, NewerFormatError
 from ccdist.config import TeacherConfig, ThreatModel, fingerprint
 from ccdist.networks import Network
 from ccdist.training import TrainingResult
@@ -133,6 +133,8 @@ class TeacherStore:
         """
         try:
             return Teacher(self._read(key), key, 0.0)
+        except NewerFormatError as error:
+            raise NewerFormatError(f"teacher {self._folder(key)}: {error}") from error
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(
                 f"teacher {self._folder(key)} is damaged: {error}; restore that folder from a copy, or delete it and "
@@ -191,6 +193,8 @@ class TeacherStore:
     def _check_state(self, key: str, state: Path) -> None:
         try:
             checkpoint.load_state(state)
+        except NewerFormatError as error:
+            raise NewerFormatError(f"training state {self._state_file(key)}: {error}") from None
         except CorruptCheckpointError:
             raise CorruptCheckpointError(
                 f"training state {self._state_file(key)} is damaged; delete it to start this training again"

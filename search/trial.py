@@ -34,6 +34,8 @@ from search.places import load_result as load_result
 from search.recipe import Recipe
 from search.records import TrialResult
 from search.reports import Reports, WaitingForTeacher
+from search.run_names import end_tags, start_tags
+from search.student_model import export_student
 from search.student_training import EpochLog, StudentTraining
 from search.teachers import Teacher, TeacherStore, teacher_key
 from search.verifying import Spent, load_verdicts, verify_trial, with_larger_limits
@@ -49,6 +51,8 @@ class TrialTask:
     params: dict[str, Any]
     places: TrialPlaces
     stopping: StoppingConfig
+    configuration: str = ""  # hash of the parameters; empty: it belongs to no study
+    exports: bool = False  # whether its student is to become a model in MLflow
 
 
 def run_trial(
@@ -79,14 +83,14 @@ def run_trial(
             discard(places)
             return done
         with Journal(places.journal) as journal:
-            journal.start(task.key, task.params, {"cert.recipe": _recipe_tag(task.recipe)})
+            journal.start(task.key, task.params, start_tags(task.recipe, task.configuration))
             try:
                 return _Trial(task, dataset, device, journal, reports).run(train_teacher_fn, train_student_fn)
             except WaitingForTeacher:
                 raise
             except Exception as error:
                 if not is_full_disk(error):
-                    journal.end("FAILED", {}, {"cert.state": "FAILED", "cert.reason": failure_reason(error)})
+                    journal.end("FAILED", {}, end_tags("FAILED", failure_reason(error)))
                 raise
 
 
@@ -110,6 +114,8 @@ def resume_verification(
         result = load_result(places)
         if result is None:
             raise ValueError(f"trial {task.key} has no result, so no verification can be resumed; run the trial")
+        if task.exports:
+            export_student(places, task.key, recipe, dataset)
         config = with_larger_limits(
             recipe.verification,
             timeout_factor,
@@ -165,6 +171,10 @@ class _Trial:
             train_student_fn,
         ).run()
         task.places.state.unlink(missing_ok=True)  # the optimiser's state is larger than the weights
+        before_export = time.perf_counter()
+        if task.exports:
+            export_student(task.places, task.key, recipe, self.dataset)
+        export_seconds = time.perf_counter() - before_export
         result = verify_trial(
             network,
             self.dataset.validation,
@@ -174,7 +184,7 @@ class _Trial:
             reports=self.reports,
         )
         result = _with_peak_memory(result)
-        conclude(task.places, self.journal, result, {"waiting": max(0.0, waited)})
+        conclude(task.places, self.journal, result, {"waiting": max(0.0, waited), "export": export_seconds})
         return result
 
     def _teacher_seconds(self, teacher: Teacher | None) -> float:
@@ -216,10 +226,6 @@ class _Trial:
 def teacher_store(place: Path) -> TeacherStore:
     """The store of a place, one for each process: it has to watch a lease for a while to know that its holder died."""
     return TeacherStore.of(place)
-
-
-def _recipe_tag(recipe: Recipe) -> str:
-    return recipe.model_dump_json(exclude={"data": {"path"}})
 
 
 def provenance(device: torch.device) -> dict[str, str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from search.records import TrialResult
+from search.run_names import end_tags
 from search.trial import TrialPlaces, conclude_stopped, conclude_training_stopped, discard, load_result
 from tracking.journal import Journal
 
@@ -33,5 +34,5 @@ class TrialFiles:
         places = self.places(key)
         if silent and places.journal.exists():
             with Journal(places.journal) as journal:
-                journal.end("FAILED", {}, {"cert.state": "FAILED", "cert.reason": reason})
+                journal.end("FAILED", {}, end_tags("FAILED", reason))
         discard(places)

@@ -70,23 +70,25 @@ class Suggestion:
     """What the searcher sends to a worker, as a Tune configuration of plain values.
 
     resume: the trial is COMPLETE, and its verification is to go on with larger limits.
+    configuration: hash of the parameters.
     """
 
     key: str
     params: dict[str, Any]
     recipe: Recipe
     resume: bool = False
+    configuration: str = ""
 
     def to_config(self) -> dict[str, Any]:
         # One text: Tune would spell nested values into the trial's name and merge them with its own.
-        content = {"key": self.key, "params": self.params, "resume": self.resume}
+        content = {name: getattr(self, name) for name in ("key", "params", "resume", "configuration")}
         return {"trial": json.dumps(content | {"recipe": self.recipe.model_dump_json()})}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Suggestion":
         content = json.loads(config["trial"])
         recipe = Recipe.model_validate_json(content["recipe"])
-        return cls(content["key"], content["params"], recipe, content["resume"])
+        return cls(content["key"], content["params"], recipe, content["resume"], content["configuration"])
 
 
 class TuneReports:
@@ -124,12 +126,15 @@ def trainable(
     shared: SharedDataset,
     resources: ResourcesConfig,
     stopping: StoppingConfig,
+    exports: bool = False,
 ) -> None:
     """Run one trial, or resume its verification, and report its result, or why there is none."""
     suggestion = Suggestion.from_config(config)
     reports = TuneReports(suggestion.key)
     places = TrialPlaces.of(Path(artifacts), study, suggestion.key)
-    task = TrialTask(suggestion.key, suggestion.recipe, suggestion.params, places, stopping)
+    task = TrialTask(
+        suggestion.key, suggestion.recipe, suggestion.params, places, stopping, suggestion.configuration, exports
+    )
     try:
         device = _prepare(resources)
         dataset = shared.dataset()

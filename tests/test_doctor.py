@@ -207,7 +207,7 @@ def test_broken_views_are_found_and_repaired(doctor: Doctor, storage: Path) -> N
     for key in KEYS[:NUM_COMPLETE]:
         stored = TrialResult(**json.loads(places_of(storage, key).result.read_text()))
         assert replace(stored, provenance=RESULT.provenance) == RESULT
-        assert len(read_rows(journal_of(storage, key))[0]) == 4
+        assert len(read_rows(journal_of(storage, key))[0]) == 5
     assert journal_of(storage, KEYS[5]).with_suffix(".jsonl.damaged").read_bytes() == b"\0\0\0\n"
     kept = storage / "artifacts" / "tiny" / "set-aside"  # it may be all that is left of a lost study
     assert (kept / "trials" / "tiny-0099" / "file").read_text() == "something"
@@ -290,7 +290,7 @@ def test_mlflow_is_compared_and_repaired(doctor: Doctor, storage: Path, tmp_path
     tracker = MlflowTracker(uri, root)  # makes the store; rows are still to be sent
     code, printed = doctor()
     assert code == 1
-    assert "broken    MLflow: lacks rows of the journals: 27 (--repair sends them)" in printed
+    assert "broken    MLflow: lacks rows of the journals: 33 (--repair sends them)" in printed
     code, printed = doctor("--repair")
     assert (code, "repaired  MLflow: lacks rows" in printed) == (0, True)
 

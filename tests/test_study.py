@@ -95,7 +95,7 @@ def test_the_record_says_what_every_figure_must(config: SearchConfig, database: 
     record = study.record()
     assert (record.name, record.dataset, record.threat) == ("tiny", "digits", "linf 1/10")
     assert record.reference == (0.2, 0.1)
-    assert record.verifier == "pgd 40x0.035x1, ibp, crown"
+    assert record.verifier == "PGD (40 steps of 0.035 of the radius, 1 restart), IBP, CROWN, no time limit"
     assert record.num_images == 0
     assignment = study.ask()
     study.tell(assignment.number, result(num_images=77))
@@ -115,7 +115,8 @@ def test_the_sampler_may_change_also_in_a_study_whose_identity_names_it(
     study = open_study(config, database)
     identity = config.identity
     identity["search"]["sampler"] = {"kind": "tpe", "startup_trials": 10}
-    optuna.load_study(study_name="tiny", storage=url_of(database)).set_user_attr("identity", identity)
+    raw(database).set_user_attr("identity", identity)
+    raw(database).set_user_attr("format_version", 1)
     again = open_study(config_of(tmp_path, search__sampler="nsga2"), database)
     assert again.identifier == study.identifier
     assert stored_record(config, url_of(database)) is not None
@@ -170,7 +171,7 @@ def test_other_directions_are_refused(directions: list[str], config: SearchConfi
 def test_another_format_is_refused(config: SearchConfig, database: Path) -> None:
     open_study(config, database)
     raw(database).set_user_attr("format_version", 99)
-    assert "study tiny has format 99; this program reads 1" in refusal(config, database)
+    assert "study tiny has storage format 99; this program reads 1 to 2: update" in refusal(config, database)
 
 
 @pytest.mark.parametrize("call", range(1, 6))
@@ -283,6 +284,7 @@ def older_driver(config: SearchConfig, database: Path) -> optuna.Study:
     open_study(config.model_copy(update={"search": config.search.model_copy(update={"points": ()})}), database)
     study = raw(database)
     study.set_user_attr("identity", config.identity)
+    study.set_user_attr("format_version", 1)
     for index, point in enumerate(space_of(config).points()):
         study.enqueue_trial(point, user_attrs={"point": index})
     return study

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ccdist.data import Dataset, ImageSet, load_dataset, to_pixels
 from ccdist.networks import Network, build_network
 from ccdist.training import EpochReport, NonFiniteLossError, TrainingResult, train_student
 from ccdist.verification import accuracies, verify
-from search import verifying
+from search import endings, verifying
 from search.config import StoppingConfig
 from search.disk_space import DiskFullError
 from search.endings import conclude_stopped, conclude_training_stopped, failure_reason
@@ -152,6 +152,7 @@ def test_a_trial_leaves_everything_behind(tmp_path: Path, dataset: Dataset) -> N
         "result.json",
         "student",
         "verdicts.parquet",
+        "verdicts_head.json",
     ]
     assert json.loads(task.places.result.read_text()) == asdict(result)
     assert load_result(task.places) == result
@@ -196,7 +197,11 @@ def test_the_journal_tells_the_whole_trial(tmp_path: Path, dataset: Dataset) -> 
         "validation/standard_accuracy",
         "validation/ibp_certified_accuracy",
     }
-    assert [row.folder for row in rows if isinstance(row, ArtifactRow)] == ["student", "verification"]
+    assert [(row.folder, Path(row.path).name) for row in rows if isinstance(row, ArtifactRow)] == [
+        ("student", "student"),
+        ("verification", "verdicts.parquet"),
+        ("verification", "verdicts_head.json"),
+    ]
     end = rows[-1]
     assert isinstance(end, EndRow)
     assert end.status == "FINISHED"
@@ -206,6 +211,26 @@ def test_the_journal_tells_the_whole_trial(tmp_path: Path, dataset: Dataset) -> 
     assert end.values["seconds"] == result.seconds
     assert set(end.values) >= {f"cost/{part}_seconds" for part in ("teacher", "student", "verification", "waiting")}
     assert end.tags["cert.state"] == "COMPLETE"
+    assert (rows[0].tags["cert.state"], rows[0].tags["cert.method"]) == ("RUNNING", "cc_dist")
+    assert rows[0].tags["cert.seed"] == str(task.recipe.student.seed)
+    assert "cert.configuration" not in rows[0].tags  # it belongs to no study
+
+
+def test_the_first_verdicts_can_be_shown_as_a_table(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endings, "HEAD_ROWS", 5)
+    task = replace(task_of(tmp_path), configuration="0123")
+    run(task, dataset, Fakes())
+    shown = json.loads(task.places.verdicts_shown.read_text())
+    table = pq.read_table(task.places.verdicts)
+    assert shown["columns"] == table.column_names
+    assert shown["data"] == [list(row.values()) for row in table.slice(0, 5).to_pylist()]
+    start, *_, end = journal_rows(task)
+    assert start.tags["cert.configuration"] == "0123"
+    assert json.loads(end.tags["mlflow.loggedArtifacts"]) == [
+        {"path": "verification/verdicts_head.json", "type": "table"}
+    ]
 
 
 def test_reports_name_phases_and_rungs(tmp_path: Path, dataset: Dataset) -> None:
@@ -533,6 +558,7 @@ def test_a_stopped_verification_keeps_its_interval(tmp_path: Path, dataset: Data
         "result.json",
         "student",
         "verdicts.parquet",
+        "verdicts_head.json",
     ]
     end = journal_rows(task)[-1]
     assert isinstance(end, EndRow)

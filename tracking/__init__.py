@@ -2,11 +2,12 @@
 
 from tracking.journal import Journal, end_dead_trials, load_study_info, save_study_info
 from tracking.sender import Sender
-from tracking.tracker import MetricRow, NullTracker, RefusedError, StudyInfo, Tracker
+from tracking.tracker import MetricRow, ModelInfo, NullTracker, RefusedError, StudyInfo, Tracker
 
 __all__ = [
     "Journal",
     "MetricRow",
+    "ModelInfo",
     "NullTracker",
     "RefusedError",
     "Sender",

@@ -11,7 +11,7 @@ from pathlib import Path
 from tracking.journal import read_line
 from tracking.mlflow_tracker import open_client
 from tracking.sender import sent_path
-from tracking.tracker import KIND_STUDY, TAG_KIND, TAG_STUDY, TAG_TRIAL, StudyInfo
+from tracking.tracker import KIND_TRIAL, TAG_KIND, TAG_STUDY, TAG_TRIAL, StudyInfo
 
 _PAGE = 1000
 
@@ -44,7 +44,7 @@ def study_runs(uri: str, study: StudyInfo) -> list[RunSummary]:
         page = client.search_runs([experiment.experiment_id], query, max_results=_PAGE, page_token=token)
         for run in page:
             tags, info = run.data.tags, run.info
-            key = None if tags.get(TAG_KIND) == KIND_STUDY else tags.get(TAG_TRIAL, "")
+            key = tags.get(TAG_TRIAL, "") if tags.get(TAG_KIND) == KIND_TRIAL else None
             runs.append(RunSummary(info.run_id, key, info.status, info.start_time, dict(run.data.metrics)))
         token = page.token
         if not token:

@@ -13,19 +13,21 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from tracking.tracker import ParamValue, Status, StudyInfo
+from tracking.tracker import ModelInfo, ParamValue, Status, StudyInfo
 
 log = logging.getLogger(__name__)
 
 STUDY_JOURNAL = "_study.jsonl"
 STUDY_FILE = "study.json"
+# Of `study.json` and the rows beside it. 1 named no version, and had no rows about models, front and registry.
+FORMAT_VERSION = 2
 
 # MLflow's rule for names of metrics; a name it refuses would be lost long after the trial that wrote it.
 _METRIC_NAME = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*", re.ASCII)
@@ -61,6 +63,20 @@ class ArtifactRow(_Row):
     folder: str
 
 
+class ModelRow(_Row):
+    kind: Literal["model"]
+    name: str
+    program: str
+    torch_version: str
+    files: list[str]
+    input_shape: list[int]
+    num_outputs: int
+    dataset: str
+    dataset_digest: str
+    values: dict[str, float | None]
+    metadata: dict[str, str]
+
+
 class EndRow(_Row):
     kind: Literal["end"]
     status: Status
@@ -78,13 +94,40 @@ class StudyRow(_Row):
     description: str
 
 
+class FrontRow(_Row):
+    kind: Literal["front"]
+    keys: list[str]
+
+
+class RegisterRow(_Row):
+    kind: Literal["register"]
+    name: str
+    versions: dict[str, dict[str, str]]
+    aliases: dict[str, str]
+    description: str
+
+
 class CloseRow(_Row):
     kind: Literal["close"]
     status: Status
 
 
-Row = Annotated[StartRow | MetricsRow | ArtifactRow | EndRow | StudyRow | CloseRow, Field(discriminator="kind")]
+Row = Annotated[
+    StartRow | MetricsRow | ArtifactRow | ModelRow | EndRow | StudyRow | FrontRow | RegisterRow | CloseRow,
+    Field(discriminator="kind"),
+]
 _ROW: TypeAdapter[Row] = TypeAdapter(Row)
+
+
+class NewerJournalError(ValueError):
+    """A newer program wrote the journals of a study: rows of kinds that are not known here may be among theirs."""
+
+
+class _Version(BaseModel):
+    format_version: int = 1
+
+
+_VERSION: TypeAdapter[_Version] = TypeAdapter(_Version)
 
 
 @dataclass(frozen=True)
@@ -142,6 +185,22 @@ class Journal:
         """A file or directory that is complete and will stay where it is."""
         self.write("artifact", path=self._relative(path), folder=folder)
 
+    def model(self, model: ModelInfo) -> None:
+        """The trial's trained network; its files are complete and will stay where they are."""
+        self.write(
+            "model",
+            name=model.name,
+            program=self._relative(model.program),
+            torch_version=model.torch_version,
+            files=[self._relative(file) for file in model.files],
+            input_shape=list(model.input_shape),
+            num_outputs=model.num_outputs,
+            dataset=model.dataset,
+            dataset_digest=model.dataset_digest,
+            values=_storable(model.metrics),
+            metadata=dict(model.metadata),
+        )
+
     def end(self, status: Status, metrics: Mapping[str, float], tags: Mapping[str, str], *, step: int = 0) -> None:
         """The trial's last word; the metrics are its results."""
         self.write("end", status=status, step=step, values=_storable(metrics), tags=tags)
@@ -158,6 +217,22 @@ class Journal:
         """Something about the study itself; the arguments are those of Tracker.log_study."""
         paths = {name: self._relative(path) for name, path in artifacts.items()}
         self.write("study", step=step, values=_storable(metrics), tags=tags, artifacts=paths, description=description)
+
+    def front(self, keys: Collection[str]) -> None:
+        """The front has moved: these trials are on it, and no others."""
+        self.write("front", keys=sorted(keys))
+
+    def register(
+        self, name: str, versions: Mapping[str, Mapping[str, str]], aliases: Mapping[str, str], description: str = ""
+    ) -> None:
+        """Models for the registry; the arguments are those of Tracker.register.
+
+        Raises:
+            ValueError: an alias belongs to a trial that is not registered.
+        """
+        if strangers := set(aliases.values()) - versions.keys():
+            raise ValueError(f"aliases of trials that are not registered: {', '.join(sorted(strangers))}")
+        self.write("register", name=name, versions=versions, aliases=aliases, description=description)
 
     def close_study(self, status: Status) -> None:
         """The study has ended."""
@@ -232,19 +307,28 @@ def end_dead_trials(journals: Path, live_keys: set[str] | frozenset[str]) -> lis
 def save_study_info(journals: Path, study: StudyInfo) -> None:
     """Write `study.json`, replacing an older one in one step."""
     journals.mkdir(parents=True, exist_ok=True)
-    replace_text(journals / STUDY_FILE, json.dumps(asdict(study), indent=2) + "\n")
+    content = {"format_version": FORMAT_VERSION} | asdict(study)
+    replace_text(journals / STUDY_FILE, json.dumps(content, indent=2) + "\n")
 
 
 def load_study_info(journals: Path) -> StudyInfo:
-    """Read `study.json`.
+    """Read `study.json`; keys that are not known are left out.
 
     Raises:
         FileNotFoundError: the folder holds none.
+        NewerJournalError: a newer program wrote it; rows that are not known here would be left out as if damaged.
         ValueError: it is not one.
     """
     path = journals / STUDY_FILE
     try:
-        return TypeAdapter(StudyInfo).validate_json(path.read_bytes())
+        content = path.read_bytes()
+        version = _VERSION.validate_json(content).format_version
+        if version > FORMAT_VERSION:
+            raise NewerJournalError(
+                f"{path} has format version {version}; this program reads 1 to {FORMAT_VERSION}:"
+                " use the version that wrote it, or a newer one"
+            )
+        return TypeAdapter(StudyInfo).validate_json(content)
     except ValidationError as error:
         raise ValueError(f"{path} does not describe a study: {error}") from error
 

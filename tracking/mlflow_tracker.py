@@ -21,15 +21,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
+from tracking import models, registry, views
+from tracking.address import HOW_TO_LOG_IN, Address, is_server, to_open, without_secrets
 from tracking.tracker import (
-    KIND_STUDY,
     KIND_TRIAL,
     TAG_KIND,
+    TAG_SPLIT,
     TAG_STUDY,
     TAG_TRIAL,
+    LoginError,
     MetricRow,
+    ModelInfo,
     ParamValue,
     RefusedError,
     Status,
@@ -46,6 +50,11 @@ _PARAM_LENGTH = 6000
 _TAG_LENGTH = 8000
 _PAGE = 1000
 _REFUSED = "INVALID_PARAMETER_VALUE"
+_SAID_LENGTH = 200
+_TAKEN = "RESOURCE_ALREADY_EXISTS"
+_NOT_LOGGED_IN = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
+# What a server in front of MLflow says in JSON of its own, of which MLflow drops the status.
+_LOGIN_WORDS = re.compile(r"\b(401|403|unauthori[sz]ed|forbidden|authentication|not authenticated)\b", re.IGNORECASE)
 _SQLITE = "sqlite:///"
 
 # Unasked, MLflow sends usage data, fetches a model catalogue, unpickles code, and waits minutes for a dead
@@ -60,6 +69,7 @@ CLOSED_NETWORK = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 
 
@@ -75,12 +85,6 @@ def local_store(directory: Path) -> tuple[str, str]:
     return f"{_SQLITE}{folder / 'mlflow.db'}", str(folder / "artifacts")
 
 
-def experiment_ids(uri: str) -> list[str]:
-    """The experiments that something was logged to; not the empty one that every store is born with."""
-    found = open_client(uri).search_experiments()
-    return [experiment.experiment_id for experiment in found if experiment.name != "Default"]
-
-
 class MlflowTracker:
     """The Tracker that MLflow keeps; may be used from several threads.
 
@@ -88,19 +92,20 @@ class MlflowTracker:
     before any other process looks at the database. A server is not contacted yet.
 
     Args:
-        uri: a server, http://host:port, or a database, sqlite:///path/mlflow.db.
+        uri: a server, http://host:port, or a database, sqlite:///path/mlflow.db; a login is kept apart from it.
         artifact_root: where new experiments keep their files; None lets the server decide.
     """
 
     def __init__(self, uri: str, artifact_root: str | None) -> None:
         self._client = open_client(uri)
-        self._uri = uri
+        self._uri = Address.of(uri).open
         self._artifact_root = artifact_root
         self._lock = threading.RLock()
         self._study: StudyInfo | None = None
         self._experiment_id = ""
         self._parent_id = ""
         self._run_ids: dict[str, str] = {}
+        self._pages: tuple[str, str] | None = None  # experiment and parent run, once the server has named them
 
     def open_study(self, study: StudyInfo, *, resume: bool = True) -> None:
         with self._session():
@@ -108,10 +113,12 @@ class MlflowTracker:
             self._forget()
             parent = self._find_or_create(self._study_tags(), study.name)
             self._parent_id = parent.info.run_id
+            self._pages = (self._experiment(), self._parent_id)
             if resume and parent.info.status != "RUNNING":
                 self._client.update_run(self._parent_id, status="RUNNING")
-            self._log_params_and_tags(self._parent_id, study.params, study.tags)
+            self._log_params_and_tags(self._parent_id, study.params, {TAG_SPLIT: study.split, **study.tags})
             self._describe(study.description)
+            views.save_views(self._client, self._experiment(), study)
 
     def start_trial(
         self,
@@ -126,7 +133,7 @@ class MlflowTracker:
             self._run_ids[key] = run.info.run_id
             if run.info.status != "RUNNING":
                 self._client.update_run(run.info.run_id, status="RUNNING")
-            self._log_params_and_tags(run.info.run_id, params, tags)
+            self._log_params_and_tags(run.info.run_id, params, {TAG_SPLIT: self._opened_study().split, **tags})
 
     def log_metrics(self, key: str, rows: Sequence[MetricRow]) -> None:
         with self._session():
@@ -135,6 +142,23 @@ class MlflowTracker:
     def log_artifact(self, key: str, path: Path, folder: str) -> None:
         with self._session():
             self._copy(self._trial_id(key), path, folder)
+
+    def log_model(self, key: str, model: ModelInfo, *, time_ms: int | None = None) -> None:
+        with self._session():
+            at = _now_ms() if time_ms is None else time_ms
+            models.log_model(self._client, self._experiment(), self._trial_id(key), key, model, time_ms=at)
+
+    def mark_front(self, keys: Collection[str]) -> None:
+        with self._session():
+            run_ids = [self._trial_id(key) for key in keys]
+            views.mark_front(self._client, self._experiment(), self._opened_study(), run_ids)
+
+    def register(
+        self, name: str, versions: Mapping[str, Mapping[str, str]], aliases: Mapping[str, str], description: str
+    ) -> None:
+        with self._session():
+            run_ids = {key: self._trial_id(key) for key in versions}
+            registry.register(self._client, self._experiment(), name, run_ids, versions, aliases, description)
 
     def end_trial(self, key: str, status: Status, tags: Mapping[str, str], *, time_ms: int | None = None) -> None:
         with self._session():
@@ -175,12 +199,20 @@ class MlflowTracker:
             return sorted(run.data.tags[TAG_TRIAL] for run in stale)
 
     def study_url(self) -> str | None:
-        if not self._uri.startswith(("http://", "https://")):
-            return None
-        with self._session():
-            # Without the workflow type the page opens on the trace dashboard.
-            page = f"#/experiments/{self._experiment()}/runs/{self._parent()}?workflowType=machine_learning"
-            return f"{_without_login(self._uri).rstrip('/')}/{page}"
+        return self._url(self._study_page()) if is_server(self._uri) else None
+
+    def front_url(self) -> str | None:
+        if self._pages is None or not views.has_trials(self._opened_study()):
+            return self._url(self._study_page())
+        return self._url(views.front_page(self._pages[0], self._opened_study().name))
+
+    def _study_page(self) -> str:
+        """The study's page from what is known, for the server may be away; its first one if that is nothing."""
+        return "" if self._pages is None else views.run_page(*self._pages)
+
+    def _url(self, page: str) -> str:
+        base = self._uri.rstrip("/") if is_server(self._uri) else views.LOCAL_SERVER
+        return f"{base}/{page}" if page else base
 
     @contextmanager
     def _session(self) -> Iterator[None]:
@@ -193,9 +225,15 @@ class MlflowTracker:
             except Exception as error:
                 # A run may have been deleted, or the server's database replaced: look everything up again.
                 self._forget()
-                if isinstance(error, MlflowException) and error.error_code == _REFUSED:
+                if _is_login(error):
+                    raise LoginError(self._login_advice(error)) from error
+                if isinstance(error, MlflowException) and error.error_code == _REFUSED and not _is_gone(error):
                     raise RefusedError(error.message) from error
                 raise
+
+    def _login_advice(self, error: Exception) -> str:
+        said = without_secrets(" ".join(str(error).split()))[:_SAID_LENGTH]
+        return f"{self._uri} does not accept the login: {HOW_TO_LOG_IN}, and start again (it said: {said})"
 
     def _forget(self) -> None:
         self._experiment_id = self._parent_id = ""
@@ -211,12 +249,23 @@ class MlflowTracker:
             name = self._opened_study().experiment
             found = self._client.get_experiment_by_name(name)
             if found is None:
-                self._experiment_id = self._client.create_experiment(name, artifact_location=self._artifact_root)
+                self._experiment_id = self._create_experiment(name)
             else:
                 self._experiment_id = found.experiment_id
                 if found.lifecycle_stage == "deleted":  # its name stays taken, so it is this one or none
                     self._client.restore_experiment(found.experiment_id)
         return self._experiment_id
+
+    def _create_experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(self._client.create_experiment(name, artifact_location=self._artifact_root))
+        except MlflowException as error:  # another process was faster, or the answer to a first request was lost
+            made = self._client.get_experiment_by_name(name) if error.error_code == _TAKEN else None
+            if made is None:
+                raise
+            return str(made.experiment_id)
 
     def _parent(self) -> str:
         if not self._parent_id:
@@ -230,7 +279,7 @@ class MlflowTracker:
         return self._run_ids[key]
 
     def _study_tags(self) -> dict[str, str]:
-        return {TAG_KIND: KIND_STUDY, TAG_STUDY: self._opened_study().name}
+        return {TAG_KIND: self._opened_study().kind, TAG_STUDY: self._opened_study().name}
 
     def _trial_tags(self, key: str) -> dict[str, str]:
         return {TAG_KIND: KIND_TRIAL, TAG_STUDY: self._opened_study().name, TAG_TRIAL: key}
@@ -238,11 +287,13 @@ class MlflowTracker:
     def _find_or_create(self, tags: Mapping[str, str], name: str, time_ms: int | None = None) -> "Run":
         runs = self._search(tags)
         if not runs:
-            parent = {_PARENT_TAG: self._parent()} if tags[TAG_KIND] == KIND_TRIAL else {}
-            self._client.create_run(self._experiment(), start_time=time_ms, tags={**tags, **parent}, run_name=name)
+            is_trial = tags[TAG_KIND] == KIND_TRIAL
+            new = {_PARENT_TAG: self._parent(), **views.NEW_TRIAL_TAGS} if is_trial else {}
+            self._client.create_run(self._experiment(), start_time=time_ms, tags={**tags, **new}, run_name=name)
             # The client repeats a request whose answer was lost, and each repetition makes a run.
             runs = self._search(tags)
-        first, *doubles = sorted(runs, key=lambda run: (run.info.start_time, run.info.run_id))
+        # A request that a stopped server answers late makes its run late, so the older one may be the empty one.
+        first, *doubles = sorted(runs, key=lambda run: (-_content(run), run.info.start_time, run.info.run_id))
         for double in doubles:
             self._client.delete_run(double.info.run_id)
         return first
@@ -279,7 +330,8 @@ class MlflowTracker:
 
     def _describe(self, description: str) -> None:
         if description:
-            note = _with_artifact_links(description, self._parent())
+            links = views.links(self._experiment(), self._opened_study())
+            note = _with_artifact_links(f"{links}\n\n{description}" if links else description, self._parent())
             self._client.set_tag(self._parent(), _NOTE_TAG, _shortened(note, _TAG_LENGTH))
 
     def _copy(self, run_id: str, path: Path, folder: str) -> None:
@@ -301,8 +353,13 @@ class MlflowTracker:
 
 
 def open_client(uri: str) -> "MlflowClient":
-    """A client of a server or a database; the database is made or brought up to date here."""
+    """A client of a server or a database; the database is made or brought up to date here.
+
+    Raises:
+        AddressError: the address is none.
+    """
     prepare_environment()
+    uri = to_open(uri)
     with warnings.catch_warnings():
         # MLflow 3.17 uses what SQLAlchemy 2.1 deprecates; nobody here can act on it.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -329,9 +386,25 @@ def _with_artifact_links(markdown: str, run_id: str) -> str:
     return re.sub(r"\(artifact:([^)]+)\)", link, markdown)
 
 
-def _without_login(uri: str) -> str:
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+def _is_login(error: Exception) -> bool:
+    """Whether a server refused the login, MLflow or what stands before it."""
+    from mlflow.exceptions import MlflowException, RestException
+
+    if isinstance(error, RestException) and error.error_code == "INTERNAL_ERROR":
+        return _LOGIN_WORDS.search(str(error)) is not None
+    if isinstance(error, MlflowException):
+        return error.error_code in _NOT_LOGGED_IN
+    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)  # of requests, for artifacts
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether a run was deleted meanwhile, which is no fault of the rows: they go to another run."""
+    return "must be in the 'active' state" in str(error)
+
+
+def _content(run: "Run") -> int:
+    """How much a run holds."""
+    return len(run.data.metrics) + len(run.data.params) + len(run.data.tags)
 
 
 def _now_ms() -> int:

@@ -6,14 +6,17 @@ Exit code: 0 nothing is left, 1 rows are left, 2 wrong input.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tracking.address import Address, AddressError
 from tracking.journal import STUDY_FILE, load_study_info
 from tracking.mlflow_tracker import MlflowTracker, local_store
-from tracking.sender import Delivery, forget_sent
+from tracking.sender import Delivery, forget_sent, why
+from tracking.tracker import LoginError, NullTracker
 
 
 @dataclass(frozen=True)
@@ -26,24 +29,29 @@ class Outcome:
 
 
 def journals_of(storage: Path) -> dict[str, Path]:
-    """Name of study -> its journal folder, for each study of a storage folder."""
-    return {path.parents[1].name: path.parent for path in sorted(storage.glob(f"artifacts/*/journal/{STUDY_FILE}"))}
+    """Name of study -> its journal folder, for each study of a storage folder; a comparison is `comparisons/NAME`."""
+    artifacts = storage / "artifacts"
+    found = [*artifacts.glob(f"*/journal/{STUDY_FILE}"), *artifacts.glob(f"comparisons/*/journal/{STUDY_FILE}")]
+    return {path.parents[1].relative_to(artifacts).as_posix(): path.parent for path in sorted(found)}
 
 
 def replay(journals: Path, uri: str, artifact_root: str | None, *, from_start: bool = False) -> Outcome:
     """Send the rows of one study that wait; again and again gives the same runs."""
     if from_start:
         forget_sent(journals)
-    delivery = Delivery(journals, MlflowTracker(uri, artifact_root), resume=False)
-    waiting = delivery.rows_left()
+    waiting = _rows_left(journals)
     reason = ""
     if waiting:
         try:
-            delivery.send()
+            Delivery(journals, MlflowTracker(uri, artifact_root), resume=False).send()
         except Exception as error:  # whatever the server's trouble is, the rows stay and are counted
-            reason = f"{type(error).__name__}: {error}"
-    left = delivery.rows_left()
+            reason = str(error) if isinstance(error, LoginError) else why(error)
+    left = _rows_left(journals)
     return Outcome(sent=waiting - left, left=left, reason=reason)
+
+
+def _rows_left(journals: Path) -> int:
+    return Delivery(journals, NullTracker()).rows_left()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tracking-uri", help="default: where the search logged")
     parser.add_argument("--from-start", action="store_true", help="send every row again, e.g. to a new server")
     options = parser.parse_args(arguments)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # it would announce every repeated request
+    try:
+        Address.of(options.tracking_uri or "")
+    except AddressError as error:
+        return _complain(f"--tracking-uri {error}")
     found = journals_of(options.storage)
     if not found:
         return _complain(

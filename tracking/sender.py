@@ -12,21 +12,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
+from tracking.address import without_secrets
 from tracking.journal import (
     STUDY_FILE,
     STUDY_JOURNAL,
     ArtifactRow,
     CloseRow,
     EndRow,
+    FrontRow,
     Line,
     MetricsRow,
+    ModelRow,
+    RegisterRow,
     StartRow,
     StudyRow,
     load_study_info,
     read_rows,
     replace_text,
 )
-from tracking.tracker import MetricRow, RefusedError, Tracker
+from tracking.tracker import LoginError, MetricRow, ModelInfo, RefusedError, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,9 @@ _MAX_DELAY_S = 30.0
 # A pass goes on past one journal that fails, but not through all of them when nobody answers.
 _MAX_FAILURES_IN_A_ROW = 3
 _MAX_VALUES_PER_CALL = 1000
+_WHY_LENGTH = 300
+# What was said of a trouble: a login that is refused is worth a line of its own after a server that was away.
+_OUTAGE, _LOGIN = 1, 2
 _LEAVE_S = 0.2  # enough for a thread that is not in the middle of a call
 
 
@@ -141,12 +148,38 @@ class Delivery:
                     description=row.description,
                     time_ms=row.time_ms,
                 )
+            case ModelRow():
+                if model := self._model(path, row):
+                    tracker.log_model(key, model, time_ms=row.time_ms)
+            case FrontRow():
+                tracker.mark_front(row.keys)
+            case RegisterRow():
+                tracker.register(row.name, row.versions, row.aliases, row.description)
             case CloseRow():
                 tracker.close_study(row.status, time_ms=row.time_ms)
 
     def _send_metrics(self, path: Path, rows: list[MetricRow]) -> None:
         if rows:
             self._tracker.log_metrics(path.stem, rows)
+
+    def _model(self, path: Path, row: ModelRow) -> ModelInfo | None:
+        """The model of a row; None where its files are gone."""
+        program = self._existing(path, row.program)
+        files = [self._existing(path, file) for file in row.files]
+        if program is None or None in files:
+            return None
+        return ModelInfo(
+            row.name,
+            program,
+            row.torch_version,
+            tuple(file for file in files if file),
+            tuple(row.input_shape),
+            row.num_outputs,
+            row.dataset,
+            row.dataset_digest,
+            {each.name: each.value for each in _metric_rows(path, row)},
+            row.metadata,
+        )
 
     def _existing(self, path: Path, target: str) -> Path | None:
         file = (self.journals / target).resolve()
@@ -167,7 +200,8 @@ class Sender:
         self._delivery = Delivery(journals, tracker)
         self._interval_s = interval_s
         self._delay_s = interval_s
-        self._is_out = False
+        self._error: Exception | None = None  # of the last pass
+        self._told = 0
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._pass_done = threading.Condition()
@@ -182,7 +216,9 @@ class Sender:
         while (left := self._rows_left()) and (remaining := deadline - time.monotonic()) > 0:
             with self._pass_done:
                 self._wake.set()
-                self._pass_done.wait(min(remaining, self._interval_s))
+                is_done = self._pass_done.wait(min(remaining, self._interval_s))
+            if is_done and isinstance(self._error, LoginError):
+                return left  # waiting does not mend it, and some servers lock a user out who tries too often
         return left
 
     def stop(self, timeout_s: float) -> int:
@@ -218,22 +254,25 @@ class Sender:
 
     def _note_outage(self, error: Exception) -> None:
         self._delay_s = min(2 * self._delay_s, _MAX_DELAY_S)
-        if not self._is_out:
-            self._is_out = True
+        self._error = error
+        if self._stopping.is_set():
+            return  # stop() has said already what is missing
+        level = _LOGIN if isinstance(error, LoginError) else _OUTAGE
+        if self._told < level:
+            self._told = level
             log.warning(
-                "tracking server unreachable, %d rows waiting; they are kept in %s and sent when it answers;"
-                " %s (%s: %s)",
+                "tracking server %s, %d rows waiting; they are kept in %s and sent when it answers; %s%s",
+                error if isinstance(error, LoginError) else "unreachable",
                 self._rows_left(),
                 self._delivery.journals,
                 self._advice(),
-                type(error).__name__,
-                error,
+                "" if isinstance(error, LoginError) else f" ({why(error)})",
             )
 
     def _note_success(self) -> None:
         self._delay_s = self._interval_s
-        if self._is_out:
-            self._is_out = False
+        if self._told:
+            self._error, self._told = None, 0
             log.info("tracking server answers again; nothing is lost")
 
     def _rows_left(self) -> int:
@@ -252,6 +291,12 @@ def forget_sent(journals: Path, name: str = "*") -> None:
     """Forget what was sent, so that it is sent again, for example to another server; `name`: of one journal only."""
     for path in journals.glob(f"{name}.jsonl.sent"):
         path.unlink()
+
+
+def why(error: Exception) -> str:
+    """What went wrong, in one line of bearable length: a server that is none answers with whole pages."""
+    text = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
+    return text if len(text) <= _WHY_LENGTH else f"{text[:_WHY_LENGTH]}..."
 
 
 def sent_path(path: Path) -> Path:
@@ -284,11 +329,12 @@ def _groups(lines: list[Line]) -> Iterator[list[Line]]:
         yield group
 
 
-def _metric_rows(path: Path, row: MetricsRow | EndRow | StudyRow) -> list[MetricRow]:
+def _metric_rows(path: Path, row: MetricsRow | ModelRow | EndRow | StudyRow) -> list[MetricRow]:
     rows = []
+    step = 0 if isinstance(row, ModelRow) else row.step
     for name, value in row.values.items():
         if value is None:
-            log.warning("%s: skipped %s at step %d, which is not a number", path, name, row.step)
+            log.warning("%s: skipped %s at step %d, which is not a number", path, name, step)
         else:
-            rows.append(MetricRow(name, value, row.time_ms, row.step))
+            rows.append(MetricRow(name, value, row.time_ms, step))
     return rows

@@ -16,12 +16,19 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 TAG_KIND = "cert.kind"
 TAG_STUDY = "cert.study"
 TAG_TRIAL = "cert.trial"
-KIND_STUDY = "study"
+TAG_SPLIT = "cert.split"  # whose images the accuracies are about
+TAG_FRONT = "cert.on_front"  # "true" for the members of the front as it is now, "false" for former ones
 KIND_TRIAL = "trial"
+# What a parent run is about: a search, the retraining of its front, or several studies side by side.
+StudyKind = Literal["study", "confirmation", "comparison"]
 
 
 class RefusedError(Exception):
     """The service answered, and it will never accept this: sending it again does not help."""
+
+
+class LoginError(Exception):
+    """The service does not accept the login, or got none; the text says what to set."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,10 @@ class StudyInfo:
         params: what was fixed for the whole study and is worth a column.
         description: Markdown; a link `(artifact:front.png)` means that artifact of the study.
         tracking_uri: where the study is logged; empty for the local store beside it.
+        kind: what the parent run is about.
+        split: whose images its accuracies are about, "validation" or "test".
+        parameters: names of the searched parameters, for the axes of saved views.
+        conditional: those of them that only some trials have.
     """
 
     name: str
@@ -43,6 +54,10 @@ class StudyInfo:
     params: Mapping[str, ParamValue] = field(default_factory=dict)
     description: str = ""
     tracking_uri: str = ""
+    kind: StudyKind = "study"
+    split: str = "validation"
+    parameters: tuple[str, ...] = ()
+    conditional: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (self.name, self.experiment):
@@ -60,6 +75,35 @@ class MetricRow(NamedTuple):
     value: float
     time_ms: int
     step: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A trained network as files, and what was measured on it.
+
+    Args:
+        name: the model's name, unique in its study.
+        program: the network as an exported program (`torch.export.save`), on the CPU, in eval mode.
+        torch_version: of the PyTorch that wrote the program.
+        files: what else belongs to it: weights and architecture, from which the project rebuilds it exactly.
+        input_shape: of one image, [C, H, W].
+        num_outputs: logits of one image.
+        dataset: name of the images on which it was measured, with their split, e.g. "digits-validation".
+        dataset_digest: fingerprint of these images; at most 36 characters count.
+        metrics: finite values measured on them.
+        metadata: what else a loader may want to know: threat, data set, trial.
+    """
+
+    name: str
+    program: Path
+    torch_version: str
+    files: tuple[Path, ...]
+    input_shape: tuple[int, ...]
+    num_outputs: int
+    dataset: str
+    dataset_digest: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 class Tracker(Protocol):
@@ -88,6 +132,24 @@ class Tracker(Protocol):
 
     def log_artifact(self, key: str, path: Path, folder: str) -> None:
         """Copy a file, or what a directory holds, into a folder of the trial; "" is its root."""
+
+    def log_model(self, key: str, model: ModelInfo, *, time_ms: int | None = None) -> None:
+        """The trained network of a trial; with the same name it is the same model, whose metrics are added to."""
+
+    def mark_front(self, keys: Collection[str]) -> None:
+        """These trials of the study, and no others of it, are on its front now."""
+
+    def register(
+        self, name: str, versions: Mapping[str, Mapping[str, str]], aliases: Mapping[str, str], description: str
+    ) -> None:
+        """Put models of trials into the registry.
+
+        Args:
+            name: of the registered model; made if there is none.
+            versions: key of a trial whose model was logged -> tags of its version.
+            aliases: alias -> key of one of these trials; the alias moves to it.
+            description: Markdown, of the registered model.
+        """
 
     def end_trial(self, key: str, status: Status, tags: Mapping[str, str], *, time_ms: int | None = None) -> None:
         """Set a trial's final state."""
@@ -122,6 +184,9 @@ class Tracker(Protocol):
     def study_url(self) -> str | None:
         """A link to the study for people; None where the service has no pages."""
 
+    def front_url(self) -> str | None:
+        """A link to the page that shows the study's trials as standard against certified accuracy."""
+
 
 class NullTracker:
     """Accepts everything and keeps nothing."""
@@ -143,6 +208,17 @@ class NullTracker:
         pass
 
     def log_artifact(self, key: str, path: Path, folder: str) -> None:
+        pass
+
+    def log_model(self, key: str, model: ModelInfo, *, time_ms: int | None = None) -> None:
+        pass
+
+    def mark_front(self, keys: Collection[str]) -> None:
+        pass
+
+    def register(
+        self, name: str, versions: Mapping[str, Mapping[str, str]], aliases: Mapping[str, str], description: str
+    ) -> None:
         pass
 
     def end_trial(self, key: str, status: Status, tags: Mapping[str, str], *, time_ms: int | None = None) -> None:
@@ -167,4 +243,7 @@ class NullTracker:
         return []
 
     def study_url(self) -> str | None:
+        return None
+
+    def front_url(self) -> str | None:
         return None
