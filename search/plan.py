@@ -128,9 +128,21 @@ def plan_lines(
     if config.budget.accelerator_hours is not None:
         spent = accelerator_hours(record.trials if record else (), config.resources)
         yield f"{spent:.3g} of {config.budget.accelerator_hours:g} accelerator-hours are spent; then nothing new starts"
-    finished = left * (cost.weights * BYTES_PER_WEIGHT + len(dataset.validation) * BYTES_PER_VERDICT + BYTES_PER_TRIAL)
+    weights = cost.weights * BYTES_PER_WEIGHT * _weight_copies(config, storage)
+    finished = left * (weights + len(dataset.validation) * BYTES_PER_VERDICT + BYTES_PER_TRIAL)
     running = slots * cost.weights * BYTES_PER_WEIGHT * STATE_COPIES
     yield f"disk: about {_size(finished)} in the end, and {_size(running)} while trials run"
+
+
+def _weight_copies(config: SearchConfig, storage: Storage) -> int:
+    """How often the weights of a finished trial lie on this disk: its student and program, and what MLflow copies."""
+    if not config.tracking.enabled:
+        return 1
+    models = config.tracking.models
+    in_folder = 2 if models else 1
+    # The trial's artifact; of its model the program and the extra files.
+    in_store = 3 if models else 1
+    return in_folder + (in_store if storage.tracking_uri is None else 0)
 
 
 def slots_here(resources: ResourcesConfig) -> int:

@@ -22,14 +22,23 @@ def lines_of(folder: Path, **changes: object) -> list[str]:
 
 
 def test_the_plan_counts_trials_teachers_hours_and_bytes(tmp_path: Path) -> None:
-    """8 trials of 60 s and one teacher of 100 s: 580 core-seconds; 4 MB of weights each."""
+    """8 trials of 60 s and one teacher of 100 s: 580 core-seconds; 4 MB of weights each, five times: see below."""
     text = "\n".join(lines_of(tmp_path))
     assert "8 trials to run, 2 at once on this machine: about 5 min, 0.16 core-hours" in text
     assert "alpha: 0.01 to 1, logarithmic" in text
     assert "steps: whole numbers, 1 to 4" in text
     assert "loss: one of cc_dist, no_distillation" in text
     assert "sampler random, seed 0, 2 points first; stopped early: training and verification" in text
-    assert "disk: about 33 MB in the end, and 24 MB while trials run" in text
+    assert "disk: about 161 MB in the end, and 24 MB while trials run" in text
+
+
+@pytest.mark.parametrize(
+    ("tracking", "size"),
+    [({"enabled": False}, "33 MB"), ({"models": False}, "65 MB"), ({"uri": "http://127.0.0.1:5000"}, "65 MB")],
+)
+def test_copies_of_the_weights_are_counted(tmp_path: Path, tracking: dict[str, object], size: str) -> None:
+    """8 trials of 4 MB: the student; with MLflow its program; in a store of one's own student, program, extra files."""
+    assert f"disk: about {size} in the end" in "\n".join(lines_of(tmp_path, tracking=tracking))
 
 
 def test_a_teacher_that_is_searched_is_paid_for_by_every_trial(tmp_path: Path) -> None:
