@@ -10,7 +10,10 @@ Shapes: `B` batch, `C H W` image, `K` classes.
 import copy
 import hashlib
 import io
+import itertools
 import json
+import os
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,8 +49,7 @@ def save_program(path: Path, network: Network, input_shape: Sequence[int], *, gr
         content = _with_weights(kept.read_bytes(), network.state_dict())
     except (FileNotFoundError, zipfile.BadZipFile, KeyError, ValueError):  # none yet, or a damaged one
         content = _archive(export_program(network, input_shape))
-        graphs.mkdir(parents=True, exist_ok=True)
-        atomic_files.write_bytes(kept, _with_weights(content, None))
+        _keep(kept, _with_weights(content, None))
     atomic_files.write_bytes(path, content)
 
 
@@ -58,6 +60,8 @@ def export_program(network: Network, input_shape: Sequence[int]) -> ExportedProg
     """
     _check_mode(network)
     own = copy.deepcopy(network).cpu().requires_grad_(False)
+    for tensor in itertools.chain(own.parameters(), own.buffers()):
+        tensor.data = tensor.data.contiguous()  # a program says how its weights lie in memory
     # Two images: PyTorch takes a batch of one for a constant.
     example = torch.zeros(2, *input_shape, dtype=next(own.parameters()).dtype)
     with torch.no_grad():
@@ -65,6 +69,14 @@ def export_program(network: Network, input_shape: Sequence[int]) -> ExportedProg
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # where the source files lie on this machine
     return program
+
+
+def _keep(kept: Path, content: memoryview) -> None:
+    """Write a graph by a way of one's own: another process may be writing the same one at this moment."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=kept.parent) as own:
+        atomic_files.write_bytes(Path(own) / kept.name, content)
+        os.replace(Path(own) / kept.name, kept)
 
 
 def _check_mode(network: Network) -> None:
@@ -99,6 +111,8 @@ def _with_weights(archive: bytes | memoryview, weights: dict[str, Tensor] | None
         if weights is not None and weights.keys() != config.keys():
             raise ValueError(f"the program has the weights {sorted(config)}; these are {sorted(weights)}")
         names = {f"{root}/{_WEIGHTS}{entry['path_name']}": name for name, entry in config.items()}
+        if weights is not None and len(names) < len(config):
+            raise ValueError("weights of the program are one and the same; those of another network may differ")
         for info in old.infolist():
             name = names.get(info.filename)
             if name is None:

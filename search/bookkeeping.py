@@ -3,6 +3,7 @@
 A server that is away costs nothing but lateness: rows stay in the journals, `python -m tracking.replay` sends them.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,9 @@ from optuna.distributions import CategoricalDistribution
 
 from search.config import SearchConfig
 from search.configurations import study_front
+from search.disk_space import is_full_disk
 from search.records import StudyRecord
+from search.redrawing import Artifacts
 from search.report import front_trials
 from search.run_names import FRONT_PICTURE, REFERENCE, SAMPLER, SPACE, STATE, TRIALS_SHOWN, study_metrics
 from search.space import Space
@@ -21,6 +24,8 @@ from tracking.journal import STUDY_JOURNAL, CloseRow, Journal, StudyRow, end_dea
 from tracking.sender import Delivery, Sender, why
 from tracking.tables import tables_tag
 from tracking.tracker import NullTracker, Status, StudyInfo, Tracker
+
+log = logging.getLogger(__name__)
 
 # How long the end of a search waits for the last rows to reach the tracking server.
 LAST_ROWS_S = 30.0
@@ -105,8 +110,9 @@ def is_settled(config: SearchConfig, storage: Storage) -> bool:
     own = journals / STUDY_JOURNAL
     rows = read_rows(own)[0] if own.exists() else []
     ended = bool(rows) and isinstance(rows[-1].row, CloseRow)
-    files = {name for line in rows if isinstance(line.row, StudyRow) for name in line.row.artifacts}
-    has_all_files = files.issuperset(DRAWN)  # else an earlier version of this program ended it
+    last = [line.row.artifacts for line in rows if isinstance(line.row, StudyRow) and STATE in line.row.tags][-1:]
+    # Else an earlier version of this program ended it, or they could not be drawn.
+    has_all_files = any(files.keys() >= set(DRAWN) for files in last)
     return ended and has_all_files and Delivery(journals, NullTracker()).rows_left() == 0
 
 
@@ -125,9 +131,25 @@ def where_to_look(tracker: Tracker, storage: Storage) -> str | None:
 
 
 def close_study(record: StudyRecord, storage: Storage, status: Status) -> None:
-    """Draw everything once more, end the runs of trials that were cut off, and write the study's last word."""
+    """Draw everything once more, end the runs of trials that were cut off, and write the study's last word.
+
+    What a full disk keeps from being written, the next command writes, as `is_settled` sees.
+    """
+    try:
+        _close(record, storage, status)
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        log.warning("the record of study %s is not complete (%s); the same command completes it", record.name, error)
+
+
+def _close(record: StudyRecord, storage: Storage, status: Status) -> None:
     journals = storage.journals(record.name)
-    artifacts = draw(record, storage.study_folder(record.name))
+    artifacts: Artifacts = {}
+    try:
+        artifacts = draw(record, storage.study_folder(record.name))
+    except Exception as error:  # figures must not end a search, whose results are stored
+        log.warning("report and figures are not up to date (%s: %s)", type(error).__name__, error)
     end_dead_trials(journals, set())
     metrics = study_metrics(study_front(record).hypervolume_bounds, Counter(trial.state for trial in record.trials))
     with Journal(journals / STUDY_JOURNAL) as journal:

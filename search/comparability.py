@@ -44,7 +44,7 @@ _SAME = (
     ),
     _Sameness(
         "hypervolume references",
-        lambda stored: "({:g}, {:g})".format(*stored.record.reference),
+        lambda stored: tuple(stored.record.reference),
         "search again with one search.reference, under another name",
     ),
 )

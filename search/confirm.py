@@ -35,11 +35,12 @@ from search.confirmation import (
     with_target,
 )
 from search.confirmation_config import TIMEOUT_S, ConfirmationConfig, ConfirmError, confirmation_config, with_settings
-from search.database import StudyError
+from search.database import StudyError, without_password
 from search.errors import UserError
 from search.records import StudyRecord
 from search.space import Space
 from search.storage import DEFAULT_STORAGE, Storage, default_study_url
+from search.study_files import draw
 from search.study_record import StoredStudy, load_stored, stored_config, stored_record
 
 OK, BAD_INPUT, FAILING, INTERRUPTED = 0, 2, 3, 130
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a server that is away is nothing to tell: rows wait for it
-    command = shlex.join(["python", "-m", "search.confirm", *(sys.argv[1:] if arguments is None else arguments)])
+    command = _command(sys.argv[1:] if arguments is None else arguments)
     console = Console()
     try:
         confirming = _Confirming(args, console, command)
@@ -122,14 +123,15 @@ class _Confirming:
             )
         self._show(outcome.record, closing)
         if outcome.where is not None:
-            self.console.print(outcome.where, soft_wrap=True, highlight=False)
+            self.console.print(outcome.where, soft_wrap=True, highlight=False, markup=False)
         if outcome.stop_reason is not None:
             print(f"error: {outcome.stop_reason}", file=sys.stderr)
             return FAILING
         left = len(runs_left(space.plan, outcome.record))
         if left:
             done = f"{len(space.plan) - left} of {len(space.plan)} runs"
-            self.console.print(f"stopped after {done}; go on with: {self.command}", soft_wrap=True, highlight=False)
+            text = f"stopped after {done}; go on with: {self.command}"
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
             return INTERRUPTED
         return OK
 
@@ -167,6 +169,7 @@ class _Confirming:
         """All runs are there: only what an interrupted driver left untold is told now."""
         if is_settled(config, self.storage):
             closing.write(stored, self.storage)
+            draw(stored, self.storage.study_folder(stored.name))  # without tracking nobody knows whether it was
         else:
             with tracked(config, self.storage, live_keys=set()):
                 closing.close(stored, self.storage, "FINISHED")
@@ -181,7 +184,11 @@ class _Confirming:
     def _show(self, record: StudyRecord, closing: Closing) -> None:
         self.console.print(terminal_table(closing.result(record, self.storage)))
         folder = self.storage.study_folder(record.name)
-        self.console.print(f"{', '.join(FILES)} in {folder}", soft_wrap=True, highlight=False)
+        self.console.print(f"{', '.join(FILES)} in {folder}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return shlex.join(["python", "-m", "search.confirm", *map(without_password, arguments)])
 
 
 def _config(args: argparse.Namespace, searched: SearchConfig, url: str) -> ConfirmationConfig:
@@ -189,8 +196,8 @@ def _config(args: argparse.Namespace, searched: SearchConfig, url: str) -> Confi
     stored = _stored(url, args.name or f"{searched.study_name}-confirm")
     test_images, timeout_s = args.test_images, args.timeout
     if stored is not None:
-        test_images = test_images or stored.confirmation.test_images
-        timeout_s = timeout_s or stored.verification.branch_and_bound.timeout_s
+        test_images = stored.confirmation.test_images if test_images is None else test_images
+        timeout_s = stored.verification.branch_and_bound.timeout_s if timeout_s is None else timeout_s
     data = searched.data if args.data is None else searched.data.model_copy(update={"path": args.data})
     config = confirmation_config(
         searched.model_copy(update={"data": data}),

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from ccdist.config import ATTACK_RUNGS
 from ccdist.verdicts import Verdict
 from search.bookkeeping import close_study, study_info
 from search.confirm_report import markdown, setting, write_files
 from search.confirmation import Member
-from search.confirmation_config import ConfirmationConfig
-from search.confirmed import Confirmed, Result, result_of
+from search.confirmation_config import LADDER, ConfirmationConfig
+from search.confirmed import ALIASES, Confirmed, Result, result_of
 from search.places import TrialPlaces
 from search.records import StudyRecord
 from search.run_names import FRONT_PICTURE
@@ -19,6 +20,9 @@ from search.storage import Storage
 from search.verifying import load_verdicts
 from tracking.journal import STUDY_JOURNAL, Journal
 from tracking.tracker import Status
+
+# The rungs that prove; each proves what those before it do.
+BOUNDS = tuple(rung for rung in LADDER if rung not in ATTACK_RUNGS)
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,17 @@ class Closing:
     def _proved_alike(self, storage: Storage, name: str, key: str) -> float | None:
         """The share of a run's images that rungs of the search proved; None: its verdicts are missing or damaged.
 
-        An image that cheap bounds prove is never open for later ones, and no attack breaks it: so these are the images
-        that the search's ladder would have proved of this student, but for a larger limit of branch and bound.
+        An image that cheap bounds prove is never open for later ones, no attack breaks it, and later bounds prove it,
+        too, where the search did without the cheap ones: so these are the images that the search's ladder would have
+        proved of this student, but for a larger limit of branch and bound.
         """
         try:
             verdicts = load_verdicts(TrialPlaces.of(storage.artifacts, name, key))
         except (OSError, pa.ArrowException):
             return None
         found = zip(verdicts["verdict"].to_pylist(), verdicts["method"].to_pylist(), strict=True)
-        proved = sum(verdict == Verdict.CERTIFIED and method in self.rungs for verdict, method in found)
+        alike = BOUNDS[: max((BOUNDS.index(rung) + 1 for rung in self.rungs if rung in BOUNDS), default=0)]
+        proved = sum(verdict == Verdict.CERTIFIED and method in alike for verdict, method in found)
         return float(proved / verdicts.num_rows)
 
     def write(self, record: StudyRecord, storage: Storage) -> dict[str, Path]:
@@ -62,7 +68,8 @@ class Closing:
         """Files, then what tracking is to know of them; models are registered once all runs are there."""
         paths, result = self.write(record, storage), self.result(record, storage)
         with Journal(storage.journals(record.name) / STUDY_JOURNAL) as journal:
-            description = f"{markdown(result)}\n![front](artifact:{FRONT_PICTURE})\n"
+            # The picture first: MLflow keeps 8,000 characters, which a table of thirty members fills.
+            description = f"![front](artifact:{FRONT_PICTURE})\n\n{markdown(result)}"
             journal.study({}, {}, paths, step=len(record.done), description=description)
             models = registered(result)
             if status == "FINISHED" and models:
@@ -80,9 +87,10 @@ def registered(result: Result) -> dict[str, Mapping[str, str]]:
 
 
 def aliases(result: Result) -> dict[str, str]:
-    """Alias -> key of the run whose model bears it."""
+    """Alias -> key of the run whose model bears it, or "" where none does: one that had it before loses it."""
     first = {each.key: each.first_run for each in result.front}
-    return {alias: run.key for alias, key in result.roles.items() if (run := first[key]) is not None}
+    borne = {alias: run.key for alias, key in result.roles.items() if (run := first[key]) is not None}
+    return dict.fromkeys(ALIASES, "") | borne
 
 
 def _tags(result: Result, member: Confirmed) -> dict[str, str]:

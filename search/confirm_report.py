@@ -17,7 +17,7 @@ from rich.text import Text
 from ccdist import atomic_files
 from search.confirmation import SEED
 from search.confirmed import Confirmed, Result, Spread
-from search.report_text import ABSENT, parameters_text
+from search.report_text import ABSENT, images_text, parameters_text
 
 FILES = ("confirm.json", "confirm.md", "confirm.tex")
 SPREAD = "mean (lowest to highest over the seeds)"
@@ -63,7 +63,7 @@ def _row(result: Result, member: Confirmed) -> Row:
 
 
 def _gap_text(gap: float | None) -> str:
-    return ABSENT if gap is None else f"{gap:+.4f}"
+    return ABSENT if gap is None else f"{round(gap, 4) + 0.0:+.4f}"  # never -0.0000
 
 
 def note(result: Result, member: Confirmed) -> str:
@@ -100,7 +100,7 @@ def setting(result: Result) -> str:
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}" if counts else "0"
     noun = "seed" if seeds == "1" else "seeds"
     return (
-        f"{record.num_images:,} {record.split} images of {record.dataset}; threat: {record.threat}; verifier: "
+        f"{images_text(record)} of {record.dataset}; threat: {record.threat}; verifier: "
         f"{record.verifier}; {SPREAD}, {seeds} {noun}, each trained anew on the training and validation images."
     )
 

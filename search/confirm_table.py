@@ -47,7 +47,8 @@ def _row(member: Member, plan: Sequence[Pair], cost: Estimate) -> tuple[str, ...
 
 def lines(config: ConfirmationConfig, plan: Sequence[Pair], cost: Estimate, images: Images) -> list[str]:
     """What runs, on what, for how long."""
-    left, slots = sum(cost.num_runs.values()), slots_here(config.resources)
+    left = sum(cost.num_runs.values())
+    at_once = min(left, slots_here(config.resources))
     unit = "GPU" if config.resources.gpu else "core"
     share = config.resources.gpu or config.resources.cpu
     limit = config.verification.branch_and_bound.timeout_s
@@ -56,16 +57,17 @@ def lines(config: ConfirmationConfig, plan: Sequence[Pair], cost: Estimate, imag
         f"{verifier_text(config.verification)} on {images.test:,} test images of {config.data.name}; threat "
         f"{config.threat}"
     )
+    expected, at_most = cost.seconds / at_once, cost.at_most / at_once
     how_many = (
-        f"{left} of {len(plan)} runs are left, with {cost.num_teachers} teachers ({duration(cost.teachers)}); {slots} "
-        "at once on this machine"
+        f"{left} of {len(plan)} runs are left, with {cost.num_teachers} teachers ({duration(cost.teachers)}); "
+        f"{at_once} at once on this machine"
     )
-    expected, at_most = cost.seconds / slots, cost.at_most / slots
-    hours = (
-        f"estimate: {_hours(expected)} ({duration(expected)}; {_hours(cost.seconds * share, unit)}), before branch and "
-        f"bound; at most {_hours(at_most)} ({duration(at_most)}), if each image that the search left open takes its "
-        f"whole {limit:g} s"
-    )
+    hours = f"estimate: {_hours(expected)} ({duration(expected)}; {_hours(cost.seconds * share, unit)})"
+    if "branch_and_bound" in config.verification.rungs:
+        hours += (
+            f", before branch and bound; at most {_hours(at_most)} ({duration(at_most)}), if each image that the "
+            f"search left open takes its whole {limit:g} s"
+        )
     return [what, how_many, hours]
 
 

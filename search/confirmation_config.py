@@ -43,16 +43,14 @@ class ConfirmationConfig(SearchConfig):
 
     @property
     def training_data(self) -> DataConfig:
-        """The training set as its runs say they used it: all of it, nothing is held out."""
+        """The training set as its runs say they used it: all of it, nothing is held out.
+
+        With limits it stays the search's: only both parts of its split, each cut by its own limit, are these images.
+        """
         data = self.data
-        limits = (data.train_images, data.validation_images)
-        return data.model_copy(
-            update={
-                "validation": 0.0,
-                "train_images": sum(limit for limit in limits if limit is not None) if all(limits) else None,
-                "validation_images": None,
-            }
-        )
+        if (data.train_images, data.validation_images) != (None, None):
+            return data
+        return data.model_copy(update={"validation": 0.0})
 
     def verifier_of(self, network: NetworkConfig) -> VerifyConfig:
         """The ladder, without branch and bound where it has no form for the activation."""
@@ -76,10 +74,12 @@ def confirmation_config(
         ConfirmError: a value is out of its range.
     """
     tree = searched.model_dump(mode="json")
-    limits = tree["verification"]["branch_and_bound"] | {"timeout_s": timeout_s}
+    # What else kept the search's trials short is no limit here.
+    limits = {"timeout_s": timeout_s, "total_timeout_s": None, "max_branches": None}
+    verification = {"rungs": _ladder(searched), "branch_and_bound": tree["verification"]["branch_and_bound"] | limits}
     changes = {
         "name": name or f"{searched.study_name}-confirm",
-        "verification": tree["verification"] | {"rungs": LADDER, "branch_and_bound": limits},
+        "verification": tree["verification"] | verification,
         "confirmation": {"study": searched.study_name, "test_images": test_images},
         # Its runs are given, and each is measured to the end.
         "search": tree["search"] | {"sampler": "random", "points": [], "seeds": 1},
@@ -90,6 +90,13 @@ def confirmation_config(
         return ConfirmationConfig.model_validate(tree | changes)
     except ValidationError as error:
         raise ConfirmError(explain(error, ConfirmationConfig, "")) from None
+
+
+def _ladder(searched: SearchConfig) -> tuple[Rung, ...]:
+    """The whole ladder, or, where all networks have one activation without a kink, what there is for it."""
+    activation = searched.network.get("activation", KINKED[0])
+    is_kinked = not isinstance(activation, str) or activation in KINKED
+    return LADDER if is_kinked else tuple(rung for rung in LADDER if rung != "branch_and_bound")
 
 
 def config_of(stored: Mapping[str, Any]) -> SearchConfig:

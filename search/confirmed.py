@@ -13,6 +13,8 @@ from search.records import StudyRecord, TrialRecord
 
 Point = tuple[float, float]
 
+ALIASES = ("best-standard", "best-certified", "knee")  # in the registry and in tables
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -49,7 +51,8 @@ class Confirmed:
     gap: (standard, certified) of the search on its validation images minus the means on the test set; positive: the
         search saw too much in it. None: the search has no result of it.
     gap_alike: the same of certified accuracy, with what the search's own rungs proved of the test images; the ladder
-        of a confirmation proves more, which hides what the selection did. None: also where verdicts are missing.
+        of a confirmation proves more, which hides what the selection did. None: also where verdicts are missing, or
+        the search did not verify the member to the end.
     """
 
     member: Member
@@ -105,7 +108,7 @@ class Result:
     @property
     def roles(self) -> dict[str, str]:
         """Alias -> key of a member."""
-        named = {"best-standard": self.best_standard, "best-certified": self.best_certified, "knee": self.knee}
+        named = dict(zip(ALIASES, (self.best_standard, self.best_certified, self.knee), strict=True))
         return {alias: key for alias, key in named.items() if key is not None}
 
     def roles_of(self, key: str) -> list[str]:
@@ -180,7 +183,8 @@ def _confirmed(member: Member, record: StudyRecord, proved_alike: Mapping[str, f
     if before is not None:
         gap = before.standard_accuracy - standard.mean, before.certified_accuracy - certified.mean
         alike = Spread(tuple(proved_alike[run.key] for run in runs if run.key in proved_alike))
-        gap_alike = before.certified_accuracy - alike.mean if len(alike.values) == len(runs) else None
+        finished = all(trial.verification_state != "stopped" for trial in before.trials)
+        gap_alike = before.certified_accuracy - alike.mean if finished and len(alike.values) == len(runs) else None
     return Confirmed(member, runs, tuple(failed.values()), standard, adversarial, certified, upper, gap, gap_alike)
 
 
@@ -190,10 +194,14 @@ def _with_dominance(found: Sequence[Confirmed]) -> list[Confirmed]:
 
 
 def _dominating(point: Point | None, points: Mapping[str, Point]) -> tuple[str, ...]:
-    """The keys of the points that are at least as good in both accuracies, and not equal."""
+    """The keys of the points that are at least as good in both accuracies, and better in one.
+
+    Means of equally many images may differ in their last digit: rounding makes nobody better.
+    """
     if point is None:
         return ()
-    return tuple(key for key, its in points.items() if its[0] >= point[0] and its[1] >= point[1] and its != point)
+    ahead = {key: (its[0] - point[0], its[1] - point[1]) for key, its in points.items()}
+    return tuple(key for key, by in ahead.items() if min(by) >= -_ROUNDING and max(by) > _ROUNDING)
 
 
 def _spread(runs: Sequence[TrialRecord], name: str) -> Spread:

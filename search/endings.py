@@ -37,6 +37,9 @@ def conclude(places: TrialPlaces, journal: Journal, result: TrialResult, seconds
         tags |= _tell_verdicts(places, journal)
     tags |= journal_model(places, journal, result)
     tags |= {f"cert.{name}": value for name, value in result.provenance.items()}
+    before = load_result(places)
+    if before is not None and before.reason is not None and result.reason is None:
+        tags[run_names.REASON] = ""  # its verification has gone on, and a tag stays until it gets another text
     journal.end("FINISHED", run_names.result_metrics(result, seconds), tags)
     save_result(places, result)
     discard(places)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ccdist import checkpoint
+from ccdist import atomic_files, checkpoint
 from ccdist.data import Dataset
 from ccdist.program import save_program
 from search import run_names
@@ -61,7 +61,7 @@ def export_student(places: TrialPlaces, key: str, recipe: Recipe, dataset: Datas
         description["failure"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         log.warning("trial %s gets no model in MLflow: its student cannot be exported: %s", key, description["failure"])
         (staging / PROGRAM).unlink(missing_ok=True)
-    (staging / DESCRIPTION).write_text(json.dumps(description, indent=1))
+    atomic_files.write_text(staging / DESCRIPTION, json.dumps(description, indent=1))
     shutil.rmtree(places.model, ignore_errors=True)
     staging.chmod(0o755)
     staging.rename(places.model)

@@ -1,5 +1,6 @@
 """What the driver tells of a study: its files, its journal from start to end, and how that looks in MLflow."""
 
+import errno
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from studies import closed_form, config_of, open_study
 
+from search import bookkeeping
 from search.bookkeeping import close_study, is_settled, study_info, tracked
 from search.config import SearchConfig, load_search_config
 from search.configurations import study_front
@@ -214,6 +216,41 @@ def test_a_study_is_settled_when_tracking_has_all_its_files(search: Search) -> N
     lines = [line for line in search.journal.read_text().splitlines() if "hypervolume.html" not in line]
     search.journal.write_text("\n".join(lines) + "\n")
     assert not is_settled(config, search.storage)
+
+
+def test_figures_that_cannot_be_drawn_do_not_keep_a_search_from_its_end(
+    search: Search, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = search.config.model_copy(update={"tracking": search.config.tracking.model_copy(update={"enabled": True})})
+    search.run(2)
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no such font")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bookkeeping, "draw", fail)
+        search.run(1)
+    assert "no such font" in caplog.messages[-1]
+    assert isinstance(search.rows()[-1], CloseRow)
+    assert not is_settled(config, search.storage)  # the next command draws them
+    search.run(0)
+    assert is_settled(config, search.storage)
+
+
+def test_a_full_disk_at_the_end_of_a_search_is_one_line(
+    search: Search, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = search.run(2, is_killed=True)
+
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "write", full)
+        close_study(record, search.storage, "FAILED")
+    assert "the same command completes it" in caplog.messages[-1]
+    close_study(record, search.storage, "FAILED")
+    assert isinstance(search.rows()[-1], CloseRow)
 
 
 def test_params_of_a_study_never_change(tmp_path: Path) -> None:

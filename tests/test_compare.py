@@ -224,7 +224,7 @@ REFUSED = {
         lambda s: s._replace(data_fingerprint="fedcba"), "0123456789abcdef and fedcba", "augmentation"
     ),
     "hypervolume references": (
-        lambda s: with_record(s, reference=(0.5, 0.1)), "(0.2, 0.1) and (0.5, 0.1)", "one search.reference"
+        lambda s: with_record(s, reference=(0.2000001, 0.1)), "(0.2, 0.1) and (0.2000001, 0.1)", "one search.reference"
     ),
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +39,13 @@ from search.confirmation import (
 from search.confirmation_config import LADDER, ConfirmationConfig, ConfirmError, confirmation_config
 from search.confirmation_config import config_of as read
 from search.confirmed import result_of
-from search.database import StudyError
+from search.database import StudyError, open_storage
 from search.places import TrialPlaces
 from search.records import RungValues, StudyRecord, TrialResult
 from search.space import Space
 from search.storage import Storage
 from search.study import Study, load_record
-from search.study_record import stored_config, study_record
+from search.study_record import stored_config, study_record, verifier_text
 from search.trial import TrialTask, run_trial
 from tracking.journal import RegisterRow, read_rows
 
@@ -183,17 +183,31 @@ def test_a_seed_index_gives_all_members_the_same_teacher(tmp_path: Path) -> None
 
 
 def test_a_recipe_is_the_search_s_but_for_seeds_data_and_ladder(tmp_path: Path) -> None:
-    config = config_of(tmp_path, data__train_images=500, data__validation_images=100)
+    config = config_of(tmp_path)
     params = Space(config).points()[0]
     before = Space(config).recipe(params, 0)
     now = ConfirmationSpace(confirmation_of(config, timeout_s=3)).recipe(params | {SEED: 0}, 0)
-    assert (now.data.validation, now.data.train_images, now.data.validation_images) == (0.0, 600, None)
+    assert now.data == before.data.model_copy(update={"validation": 0.0})
     assert now.verification.rungs == LADDER
     assert now.verification.branch_and_bound.timeout_s == 3
     assert now.verification.attack == before.verification.attack
     assert now.threat == before.threat
     for part in ("teacher", "student"):
         assert getattr(now, part).model_copy(update={"seed": 0}) == getattr(before, part).model_copy(update={"seed": 0})
+
+
+@pytest.mark.parametrize("limits", [{"data__train_images": 500}, {"data__validation_images": 100}, FEW])
+def test_a_recipe_names_no_image_that_a_limit_leaves_out(limits: dict[str, Any], tmp_path: Path) -> None:
+    """Those of `validation: 0` with the sum of the limits would be others: limits cut each part of the split."""
+    config = config_of(tmp_path, **limits)
+    assert confirmation_of(config).training_data == config.data
+
+
+def test_only_its_own_time_limit_counts(tmp_path: Path) -> None:
+    """A search may keep its trials short; the whole ladder is not to be cut by that."""
+    limits = {"timeout_s": 1, "total_timeout_s": 2, "max_branches": 3, "root_steps": 4}
+    kept = confirmation_of(config_of(tmp_path, verification__branch_and_bound=limits)).verification.branch_and_bound
+    assert (kept.timeout_s, kept.total_timeout_s, kept.max_branches, kept.root_steps) == (20.0, None, None, 4)
 
 
 def test_the_ladder_attacks_what_is_not_proved_before_it_branches() -> None:
@@ -207,7 +221,15 @@ def test_an_activation_without_a_kink_does_without_branch_and_bound(
     config = confirmation_of(config_of(tmp_path, network__activation=activation))
     rungs = config.verifier_of(NetworkConfig(activation=activation)).rungs
     assert rungs == (LADDER if branches else LADDER[:-1])
+    assert ("branch and bound" in verifier_text(config.verification)) is branches, "tables say what was done"
     ConfirmationSpace(config)  # its corners are valid recipes: else the space is refused
+
+
+def test_networks_of_several_activations_have_each_the_ladder_they_can_climb(tmp_path: Path) -> None:
+    config = confirmation_of(config_of(tmp_path, network__activation={"choices": ["tanh", "relu"]}))
+    found = [config.verifier_of(NetworkConfig(activation=each)).rungs for each in ("tanh", "relu")]
+    assert found == [LADDER[:-1], LADDER]
+    ConfirmationSpace(config)
 
 
 def test_what_is_stored_is_read_as_what_it_was(tmp_path: Path) -> None:
@@ -359,8 +381,8 @@ def test_the_first_seed_s_model_is_registered_whatever_its_result(tmp_path: Path
     seed_of = {trial.key: trial.params[SEED] for trial in record.trials}
     assert len(models) == len(found.front) == 1, "the others are dominated"
     assert {seed_of[key] for key in models} == {0}
-    assert set(aliases(found)) == {"best-standard", "best-certified"}
-    assert set(aliases(found).values()) <= set(models)
+    assert aliases(found)["knee"] == ""  # two members have none; an earlier one loses its alias
+    assert {aliases(found)["best-standard"], aliases(found)["best-certified"]} <= set(models)
     closing.close(record, storage, "KILLED")
     closing.close(record, storage, "FINISHED")
     rows = [line.row for line in read_rows(storage.journals("tiny-confirm") / "_study.jsonl")[0]]
@@ -391,6 +413,12 @@ def test_what_the_search_s_rungs_proved_is_counted_from_the_verdicts(tmp_path: P
     member = closing.result(study.record(), storage).members[0]
     assert member.gap == pytest.approx((0.0, -0.05))
     assert member.gap_alike == pytest.approx(0.15)
+    later = replace(closing, rungs=("pgd", "crown"))
+    assert later.result(study.record(), storage).members[0].gap_alike == pytest.approx(0.15), (
+        "crown proves what ibp does"
+    )
+    whole = replace(closing, rungs=("branch_and_bound",))
+    assert whole.result(study.record(), storage).members[0].gap_alike == pytest.approx(-0.05)
     places.verdicts.write_bytes(b"damaged")
     assert closing.result(study.record(), storage).members[0].gap_alike is None
 
@@ -427,6 +455,40 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(storage: Path, capsys: pyt
     assert [path for path in sorted(storage.rglob("*")) if not path.name.startswith("study.db-")] == before
 
 
+def test_the_estimate_of_few_runs_is_not_shared_by_idle_slots(
+    storage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two seconds of student on 1,222 images, one of verification; 16 slots make one run no faster."""
+    monkeypatch.setattr("search.confirm_table.slots_here", lambda resources: 16)
+    told = []
+    for seeds in ("1", "16"):
+        assert confirm.main(["tiny", "--storage", str(storage), "--members", "0", "--seeds", seeds, "--dry-run"]) == 0
+        told.append(re.findall(r"(\d+) at once|estimate: [\de.-]+ hours \((\d+) s", capsys.readouterr().out))
+    assert [each[0][0] for each in told] == ["1", "16"]
+    assert told[0][1] == told[1][1]
+
+
+def test_the_command_to_go_on_with_has_no_password() -> None:
+    arguments = ["tiny", "--study-url", "postgresql://me:secret@host/db", "--set", "tracking.uri=http://u:secret@h"]
+    told = confirm._command(arguments)
+    assert "secret" not in told
+    assert "postgresql://me:***@host/db" in told
+
+
+def test_a_complete_confirmation_without_tracking_gets_the_report_that_a_kill_prevented(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, searched = searched_study(tmp_path, tracking__enabled=False)
+    study = confirmation_study(config, searched.record(), 1, open_storage(f"sqlite:///{tmp_path}/study.db"))
+    while study.num_done() < study.config.budget.trials:
+        assignment = study.ask()
+        study.tell(assignment.number, closed_form(assignment.params))
+    assert confirm.main(["tiny", "--storage", str(tmp_path), "--seeds", "1"]) == 0
+    assert "runs already" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "artifacts/tiny-confirm").iterdir()}
+    assert {"confirm.md", "report.html", "front.png", "trials.parquet"} <= names
+
+
 def test_what_cannot_be_confirmed_is_refused_in_one_line(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ("--storage", str(storage))
     assert "no study 'other'" in refused(capsys, "other", *where)
@@ -458,6 +520,8 @@ def test_other_options_on_a_stored_confirmation_are_refused(storage: Path, capsy
     assert "confirmation.test_images: stored 30, given 31" in error
     assert "another --name" in error
     assert "timeout_s: stored 5.0, given 6.0" in refused(capsys, "tiny", *where, "--timeout", "6")
+    assert "test_images: 0 is not allowed" in refused(capsys, "tiny", *where, "--test-images", "0")
+    assert "timeout_s: 0.0 is not allowed" in refused(capsys, "tiny", *where, "--timeout", "0")
     assert confirm.main(["tiny", *where, "--dry-run"]) == 0, "options that are not given are the stored ones"
     assert "on 30 test images" in " ".join(capsys.readouterr().out.split())
     assert confirm.main(["tiny", *where, "--test-images", "31", "--name", "other", "--dry-run"]) == 0

@@ -17,6 +17,7 @@ from studies import TREE
 from ccdist.config import VerifyConfig
 from ccdist.recipe import Recipe
 from search.config import SearchConfig
+from search.configurations import study_front
 from search.confirm_estimate import Images, ensemble_passes, estimate, run_cost
 from search.confirm_report import as_json, latex, markdown, rows, terminal_table, tex_escaped
 from search.confirmation import SEED, ConfirmationSpace, Pair, members_of
@@ -108,6 +109,46 @@ def test_equal_means_dominate_nobody() -> None:
     result = result_of(record, SEARCHED, members_of(SEARCHED, ["a", "b"]), {})
     assert all(member.is_on_front for member in result.members)
     assert result.roles == {"best-standard": "s-0000", "best-certified": "s-0000"}
+
+
+def test_rounding_makes_nobody_better() -> None:
+    """267 + 267 + 208 images are as many as 264 + 208 + 270, but the means of their shares are not equal floats."""
+    counts = {"a": (267, 267, 208), "b": (264, 208, 270)}
+    runs = [
+        trial(3 * index + seed, name, count / 270, 0.5, seed=seed)
+        for index, (name, each) in enumerate(counts.items())
+        for seed, count in enumerate(each)
+    ]
+    record = study("s-confirm", *runs)
+    result = result_of(record, SEARCHED, members_of(SEARCHED, ["a", "b"]), {})
+    a, b = result.members
+    assert a.point != b.point
+    assert [each.dominated_by for each in (a, b)] == [(), ()]
+    assert len(study_front(record).members) == 2, "nor in the report"
+
+
+def test_a_member_whose_verification_was_stopped_has_no_gap_with_the_same_rungs() -> None:
+    """The search proved what it had time for, the confirmation what the rungs can."""
+    stopped = replace(SEARCHED.trials[1], verification_state="stopped", certified_upper=0.8)
+    searched = replace(SEARCHED, trials=(SEARCHED.trials[0], stopped, SEARCHED.trials[2]))
+    alike = {run.key: 0.4 for run in CONFIRMED.trials}
+    a, b, _ = result_of(CONFIRMED, searched, members_of(searched, ["a", "b", "c"]), alike).members
+    assert a.gap_alike == pytest.approx(-0.1)
+    assert b.gap_alike is None
+    assert b.gap is not None
+
+
+def test_no_gap_is_minus_nothing() -> None:
+    before = replace(SEARCHED.trials[0], standard_accuracy=0.91 - 1e-9)
+    searched = replace(SEARCHED, trials=(before, *SEARCHED.trials[1:]))
+    result = result_of(CONFIRMED, searched, members_of(searched, ["a"]), {})
+    assert rows(result)[0].gap_standard == "+0.0000"
+
+
+def test_without_runs_nothing_is_said_of_their_images() -> None:
+    assert "| test images of digits_&_co" in markdown(found(replace(study("s-confirm"), num_images=0))).replace(
+        "\n", "| "
+    )
 
 
 def test_members_without_runs_come_last_and_have_no_point() -> None:

@@ -128,6 +128,39 @@ def test_a_damaged_graph_is_made_again(tmp_path: Path, content: bytes) -> None:
     check_same(tmp_path / "model.pt2", network, SHAPE)
 
 
+def test_processes_that_keep_the_same_graph_at_the_same_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, sync, others = network_of(LAYERS["relu"]), os.fsync, ["other.pt2"]
+
+    def sync_while_another_writes(descriptor: int) -> None:
+        while others:
+            save_program(tmp_path / others.pop(), network, SHAPE, graphs=tmp_path / "graphs")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync_while_another_writes)
+    save_program(tmp_path / "model.pt2", network, SHAPE, graphs=tmp_path / "graphs")
+    for name in ("model.pt2", "other.pt2"):
+        check_same(tmp_path / name, network, SHAPE)
+    assert len(list((tmp_path / "graphs").iterdir())) == 1
+
+
+def test_a_kept_graph_does_not_depend_on_how_weights_lay_in_memory(tmp_path: Path) -> None:
+    network = network_of([nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten()])
+    last = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for name, each in (("last", last), ("plain", network), ("last again", last)):
+        save_program(tmp_path / name, each, SHAPE, graphs=tmp_path / "graphs")
+        check_same(tmp_path / name, each, SHAPE)
+    assert len(list((tmp_path / "graphs").iterdir())) == 1
+
+
+def test_a_graph_whose_layers_share_weights_is_not_that_of_others(tmp_path: Path) -> None:
+    shared = network_of([*FLAT, nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)])
+    other = copy.deepcopy(shared)
+    shared.features[4].weight = shared.features[2].weight
+    for name, each in (("shared", shared), ("other", other), ("shared again", shared)):
+        save_program(tmp_path / name, each, SHAPE, graphs=tmp_path / "graphs")
+        check_same(tmp_path / name, each, SHAPE)
+
+
 def test_the_same_network_is_the_same_file(tmp_path: Path) -> None:
     network = network_of(LAYERS["relu"])
     for name in ("traced", "one", "two"):

@@ -17,7 +17,7 @@ from ccdist.data import Dataset
 from search import student_model
 from search.disk_space import DiskFullError
 from search.endings import conclude_stopped
-from search.places import TrialPlaces
+from search.places import TrialPlaces, save_result
 from search.records import TrialResult
 from search.space import Space
 from search.student_model import PROGRAM
@@ -128,6 +128,17 @@ def test_a_resumed_verification_adds_to_the_model(tmp_path: Path, dataset: Datas
         resume_verification(again, dataset, device=CPU, timeout_factor=2.0, reports=Recorder())
         assert len(models_of(again)) == count
     assert {row.name for row in models_of(again)} == {KEY}
+
+
+def test_a_reason_goes_when_the_verification_goes_on(tmp_path: Path, dataset: Dataset) -> None:
+    task = task_of(tmp_path)
+    result = run(task, dataset)
+    save_result(task.places, replace(result, reason="dominated by another", verification_state="stopped"))
+    refined = resume_verification(task, dataset, device=CPU, timeout_factor=2.0, reports=Recorder())
+    first, last = [row.tags for row in rows_of(task) if isinstance(row, EndRow)]
+    assert refined.reason is None
+    assert "cert.reason" not in first
+    assert last["cert.reason"] == ""  # MLflow has no other way to take back what a tag says
 
 
 def raising(error: Exception) -> Callable[..., None]:

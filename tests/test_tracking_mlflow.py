@@ -1,5 +1,6 @@
 """The MLflow tracker on a real database: the contract, and what the pages and queries rely on."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import requests
 from contracts import STUDY, TrackerContract, TrialView
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -175,6 +177,28 @@ def test_what_a_user_deletes_is_made_anew(tracker: MlflowTracker, client: Mlflow
     assert len(studies(client)) == 1
 
 
+def test_a_deleted_study_gets_its_trials_back(tracker: MlflowTracker, client: MlflowClient) -> None:
+    tracker.open_study(STUDY)
+    tracker.start_trial("t1", {}, {})
+    client.delete_run(studies(client)[0].info.run_id)
+    for _ in range(2):  # the first call finds it gone
+        with contextlib.suppress(MlflowException):
+            tracker.open_study(STUDY)
+    tracker.start_trial("t1", {}, {})  # as a replay from the start says it
+    (study,), (trial,) = studies(client), trials(client)
+    assert trial.data.tags["mlflow.parentRunId"] == study.info.run_id
+
+
+def test_another_study_of_the_same_name_is_tracked(storage: Path, client: MlflowClient) -> None:
+    """`a` with seed 1 and `a-seed1` with seed 0 bear one name. A param cannot be changed; rows must not wait for it."""
+    for seed in (0, 1):
+        tracker = MlflowTracker(*local_store(storage))
+        tracker.open_study(StudyInfo("a-seed1", STUDY.experiment, params={"seed": seed}))
+        tracker.start_trial(f"t{seed}", {}, {})
+    assert studies(client, "a-seed1")[0].data.params == {"seed": "0"}
+    assert len(trials(client, "a-seed1")) == 2
+
+
 def test_runs_doubled_by_a_repeated_request_become_one(tracker: MlflowTracker, client: MlflowClient) -> None:
     tracker.open_study(STUDY)
     create_run = tracker._client.create_run
@@ -188,6 +212,22 @@ def test_runs_doubled_by_a_repeated_request_become_one(tracker: MlflowTracker, c
     tracker.log_metrics("t1", [MetricRow("loss", 1.0, 1000, 0)])
     (trial,) = trials(client)
     assert trial.data.metrics == {"loss": 1.0}
+
+
+def test_a_file_that_a_server_will_never_take_is_refused(
+    tracker: MlflowTracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy before a server limits what it passes; the rows behind the file are to arrive all the same."""
+    answer = requests.Response()
+    answer.status_code = 413
+
+    def refuse(*arguments: object) -> None:
+        raise requests.HTTPError("413 Client Error: Request Entity Too Large", response=answer)
+
+    tracker.open_study(STUDY)
+    monkeypatch.setattr(tracker._client, "log_artifact", refuse)
+    with pytest.raises(RefusedError, match="too large for sqlite"):
+        tracker.log_artifact("t1", tmp_path / "weights", "")
 
 
 def test_nothing_works_before_a_study_is_open(tracker: MlflowTracker) -> None:

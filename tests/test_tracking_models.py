@@ -280,6 +280,9 @@ def test_versions_are_made_once_and_aliases_move(
     registered = client.get_registered_model(NAME)
     assert {alias: str(version) for alias, version in registered.aliases.items()} == {"knee": "2", "best-standard": "1"}
     assert registered.description == "second"
+    for _ in range(2):
+        tracker.register(NAME, {"t1": {"n": "3"}}, {"knee": "", "best-standard": "t1"}, "")
+    assert set(client.get_registered_model(NAME).aliases) == {"best-standard"}
     assert client.get_model_version(NAME, "1").tags["n"] == "3"
     models = {model.name: model for model in logged(client)}
     assert json.loads(models["t2"].tags["mlflow.modelVersions"]) == [{"name": NAME, "version": "2"}]
@@ -322,6 +325,22 @@ def test_a_trial_without_a_model_waits_or_is_refused(
         tracker.register(NAME, {"t1": {}, "t2": {}}, {"knee": "t2", "best": "t1"}, "")
     assert versions(client) == {"1": "t1"}
     assert set(client.get_registered_model(NAME).aliases) == {"best"}
+
+
+def test_a_model_whose_run_was_deleted_is_registered_and_its_run_stays_deleted(
+    storage: Path, tracker: MlflowTracker, client: MlflowClient, trained: ModelInfo
+) -> None:
+    tracker.log_model("t1", trained)
+    tracker.start_trial("t2", {}, {})
+    for run in client.search_runs(["1"], "tags.`cert.kind` = 'trial'"):
+        client.delete_run(run.info.run_id)
+    later = MlflowTracker(*local_store(storage))
+    later.open_study(STUDY)
+    later.mark_front(["t1", "t2"])
+    with pytest.raises(RefusedError, match=f"registered in {NAME}: t2"):  # not "it has not arrived yet", for ever
+        later.register(NAME, {"t1": {}, "t2": {}}, {"knee": "t1"}, "")
+    assert versions(client) == {"1": "t1"}
+    assert client.search_runs(["1"], "tags.`cert.kind` = 'trial'") == []
 
 
 # --- without this project ---

@@ -25,9 +25,9 @@ from search.study import Study
 from search.study_record import stored_config
 from tracking.address import Address, AddressError, shown, to_open, without_secrets
 from tracking.journal import Journal, save_study_info
-from tracking.mlflow_tracker import MlflowTracker
+from tracking.mlflow_tracker import MlflowTracker, open_client
 from tracking.replay import main as replay_main
-from tracking.sender import Delivery, Sender
+from tracking.sender import Delivery, Sender, why
 from tracking.tracker import LoginError
 
 # The first test that touches MLflow pays for its import.
@@ -77,6 +77,8 @@ def found_in(*folders: Path) -> list[str]:
         (f"postgresql+psycopg://me:{quote(SECRET, safe='')}@host:5432/db", "postgresql+psycopg://me@host:5432/db"),
         (f"postgresql://me@host/db?password={TOKEN}&sslmode=require", "postgresql://me@host/db?sslmode=require"),
         (f"postgresql://me@host/db?password={TOKEN}", "postgresql://me@host/db"),
+        (f"postgresql://me@host/db?sslkey=/k&sslpassword={TOKEN}", "postgresql://me@host/db?sslkey=%2Fk"),
+        (f"mysql+pymysql://me@host/db?ssl_key_password={TOKEN}", "mysql+pymysql://me@host/db"),
         ("postgresql:///db?host=/run/pg", "postgresql:///db?host=/run/pg"),
         (f"mysql+pymysql://me:{TOKEN}@host/db", "mysql+pymysql://me@host/db"),
     ],
@@ -245,6 +247,16 @@ def test_a_wrong_login_is_told_once_and_rows_wait(
     assert "0 rows sent, 3 left" in out
     assert "set MLFLOW_TRACKING_USERNAME" in out
     assert not any(mark in caplog.text + out + err for mark in MARKS)
+
+
+@pytest.mark.parametrize("password", [TOKEN, SECRET])
+def test_a_message_of_mlflow_hides_the_password_of_a_database(password: str) -> None:
+    """`postgres:` is no scheme of MLflow, which says so with the whole address."""
+    with pytest.raises(Exception, match="unsupported URI") as caught:
+        open_client(f"postgres://me:{quote(password, safe='')}@host/db")
+    told = why(caught.value)
+    assert "postgres://me:***@host/db" in told
+    assert not any(mark in told for mark in MARKS)
 
 
 def test_replay_refuses_an_address_with_a_query(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -291,6 +291,26 @@ def test_one_failing_trial_does_not_hold_up_the_others(journals: Path) -> None:
     assert tracker.trials().keys() == {"t2"}
 
 
+def test_trials_that_always_fail_hold_up_neither_others_nor_the_study(journals: Path) -> None:
+    class PickyTracker(RecordingTracker):
+        def end_trial(self, key: str, status: Status, tags: Mapping[str, str], *, time_ms: int | None = None) -> None:
+            if key <= "t3":
+                raise OSError("these, always")
+            super().end_trial(key, status, tags, time_ms=time_ms)
+
+    save_study_info(journals, STUDY)
+    for number in range(6):
+        write_trial(journals, f"t{number}")
+    with Journal(journals / STUDY_JOURNAL) as journal:
+        journal.close_study("FINISHED")
+    delivery = Delivery(journals, tracker := PickyTracker())
+    for _ in range(2):
+        with pytest.raises(OSError, match="always"):
+            delivery.send()
+    assert delivery.rows_left() == 4
+    assert {key for key, trial in tracker.trials().items() if trial.status == "FINISHED"} == {"t4", "t5"}
+
+
 def test_what_the_tracker_refuses_is_said_and_passed(journals: Path, caplog: pytest.LogCaptureFixture) -> None:
     class RefusingTracker(RecordingTracker):
         def start_trial(self, key: str, *args: object, **kwargs: object) -> None:

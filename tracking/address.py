@@ -14,8 +14,11 @@ URI = "MLFLOW_TRACKING_URI"
 USERNAME, PASSWORD, TOKEN = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"
 HOW_TO_LOG_IN = f"set {USERNAME} and {PASSWORD}, or {TOKEN}, or an entry in ~/.netrc"
 _SQLITE = "sqlite:"
+_PASSWORD_IN_URL = re.compile(r"(\w://[^\s/:@]*):[^\s'\"]*@")
 # The options of a database's URL that are no secret. Of others nobody knows.
-_OPEN_OPTIONS = re.compile(r"ssl\w*|connect_timeout|application_name|options|charset|host|port|dbname|user|driver")
+_OPEN_OPTIONS = re.compile(
+    r"ssl(?!\w*pass)\w*|connect_timeout|application_name|options|charset|host|port|dbname|user|driver"
+)
 
 
 class AddressError(ValueError):
@@ -108,11 +111,11 @@ def to_open(uri: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """A text in which the values of this process's login do not occur."""
+    """A text in which neither the values of this process's login occur nor a password in a URL."""
     for name in (PASSWORD, TOKEN):
         if value := os.environ.get(name):
             text = text.replace(value, "***")
-    return text
+    return _PASSWORD_IN_URL.sub(r"\1:***@", text)
 
 
 def _without_password(uri: str) -> str:

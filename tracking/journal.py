@@ -230,7 +230,7 @@ class Journal:
         Raises:
             ValueError: an alias belongs to a trial that is not registered.
         """
-        if strangers := set(aliases.values()) - versions.keys():
+        if strangers := {key for key in aliases.values() if key} - versions.keys():
             raise ValueError(f"aliases of trials that are not registered: {', '.join(sorted(strangers))}")
         self.write("register", name=name, versions=versions, aliases=aliases, description=description)
 

@@ -51,6 +51,7 @@ _TAG_LENGTH = 8000
 _PAGE = 1000
 _REFUSED = "INVALID_PARAMETER_VALUE"
 _SAID_LENGTH = 200
+_TOO_LARGE = 413  # a limit of what stands before MLflow
 _TAKEN = "RESOURCE_ALREADY_EXISTS"
 _NOT_LOGGED_IN = ("UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED")
 # What a server in front of MLflow says in JSON of its own, of which MLflow drops the status.
@@ -116,7 +117,9 @@ class MlflowTracker:
             self._pages = (self._experiment(), self._parent_id)
             if resume and parent.info.status != "RUNNING":
                 self._client.update_run(self._parent_id, status="RUNNING")
-            self._log_params_and_tags(self._parent_id, study.params, {TAG_SPLIT: study.split, **study.tags})
+            # Of another study of that name, in a store that several people use, what cannot be changed stays.
+            params = {name: value for name, value in study.params.items() if name not in parent.data.params}
+            self._log_params_and_tags(self._parent_id, params, {TAG_SPLIT: study.split, **study.tags})
             self._describe(study.description)
             views.save_views(self._client, self._experiment(), study)
 
@@ -133,7 +136,9 @@ class MlflowTracker:
             self._run_ids[key] = run.info.run_id
             if run.info.status != "RUNNING":
                 self._client.update_run(run.info.run_id, status="RUNNING")
-            self._log_params_and_tags(run.info.run_id, params, {TAG_SPLIT: self._opened_study().split, **tags})
+            # The parent again: the one under which the run was made may have been deleted.
+            own = {_PARENT_TAG: self._parent(), TAG_SPLIT: self._opened_study().split}
+            self._log_params_and_tags(run.info.run_id, params, own | dict(tags))
 
     def log_metrics(self, key: str, rows: Sequence[MetricRow]) -> None:
         with self._session():
@@ -150,14 +155,14 @@ class MlflowTracker:
 
     def mark_front(self, keys: Collection[str]) -> None:
         with self._session():
-            run_ids = [self._trial_id(key) for key in keys]
+            run_ids = [self._trial_id(key) for key in keys if not self._deleted(key)]
             views.mark_front(self._client, self._experiment(), self._opened_study(), run_ids)
 
     def register(
         self, name: str, versions: Mapping[str, Mapping[str, str]], aliases: Mapping[str, str], description: str
     ) -> None:
         with self._session():
-            run_ids = {key: self._trial_id(key) for key in versions}
+            run_ids = {key: self._deleted(key) or self._trial_id(key) for key in versions}
             registry.register(self._client, self._experiment(), name, run_ids, versions, aliases, description)
 
     def end_trial(self, key: str, status: Status, tags: Mapping[str, str], *, time_ms: int | None = None) -> None:
@@ -229,6 +234,10 @@ class MlflowTracker:
                     raise LoginError(self._login_advice(error)) from error
                 if isinstance(error, MlflowException) and error.error_code == _REFUSED and not _is_gone(error):
                     raise RefusedError(error.message) from error
+                if _status_code(error) == _TOO_LARGE:
+                    raise RefusedError(
+                        f"a file is too large for {self._uri}: {' '.join(str(error).split())}"
+                    ) from error
                 raise
 
     def _login_advice(self, error: Exception) -> str:
@@ -278,6 +287,14 @@ class MlflowTracker:
             self._run_ids[key] = self._find_or_create(self._trial_tags(key), key).info.run_id
         return self._run_ids[key]
 
+    def _deleted(self, key: str) -> str | None:
+        """The run of a trial, if its user deleted it: what is said about it afterwards makes no empty one anew."""
+        tags = self._trial_tags(key)
+        if key in self._run_ids or self._search(tags):
+            return None
+        runs = self._search(tags, deleted=True)
+        return max(runs, key=_content).info.run_id if runs else None
+
     def _study_tags(self) -> dict[str, str]:
         return {TAG_KIND: self._opened_study().kind, TAG_STUDY: self._opened_study().name}
 
@@ -298,13 +315,16 @@ class MlflowTracker:
             self._client.delete_run(double.info.run_id)
         return first
 
-    def _search(self, tags: Mapping[str, str], condition: str = "") -> "list[Run]":
+    def _search(self, tags: Mapping[str, str], condition: str = "", *, deleted: bool = False) -> "list[Run]":
+        from mlflow.entities import ViewType
+
+        which = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
         conditions = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
         query = " and ".join([*conditions, condition] if condition else conditions)
         runs: list[Run] = []
         token: str | None = None
         while True:
-            page = self._client.search_runs([self._experiment()], query, max_results=_PAGE, page_token=token)
+            page = self._client.search_runs([self._experiment()], query, which, max_results=_PAGE, page_token=token)
             runs += page
             token = page.token
             if not token:
@@ -394,7 +414,13 @@ def _is_login(error: Exception) -> bool:
         return _LOGIN_WORDS.search(str(error)) is not None
     if isinstance(error, MlflowException):
         return error.error_code in _NOT_LOGGED_IN
-    return getattr(getattr(error, "response", None), "status_code", None) in (401, 403)  # of requests, for artifacts
+    return _status_code(error) in (401, 403)
+
+
+def _status_code(error: Exception) -> int | None:
+    """Of an error of requests, which MLflow leaves as it is for artifacts."""
+    code: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return code
 
 
 def _is_gone(error: Exception) -> bool:

@@ -35,7 +35,8 @@ def register(
     """
     models = {key: find_model(client, experiment_id, run_ids[key], key) for key in versions}
     missing = [key for key, model in models.items() if model is None or not is_ready(model)]
-    on_their_way = [key for key in missing if client.get_run(run_ids[key]).info.status == "RUNNING"]
+    runs = {key: client.get_run(run_ids[key]).info for key in missing}
+    on_their_way = [key for key, run in runs.items() if run.status == "RUNNING" and run.lifecycle_stage == "active"]
     if on_their_way:
         raise RuntimeError(f"the models of {', '.join(on_their_way)} have not arrived yet")
     _ensure_name(client, name, description)
@@ -46,6 +47,8 @@ def register(
     for alias, key in aliases.items():
         if key in numbers:
             client.set_registered_model_alias(name, alias, numbers[key])
+        elif not key:
+            client.delete_registered_model_alias(name, alias)
     if missing:
         raise RefusedError(f"trials without a logged model cannot be registered in {name}: {', '.join(missing)}")
 

@@ -39,15 +39,31 @@ def replay(journals: Path, uri: str, artifact_root: str | None, *, from_start: b
     """Send the rows of one study that wait; again and again gives the same runs."""
     if from_start:
         forget_sent(journals)
-    waiting = _rows_left(journals)
+    waiting = left = _rows_left(journals)
     reason = ""
     if waiting:
         try:
-            Delivery(journals, MlflowTracker(uri, artifact_root), resume=False).send()
+            delivery = Delivery(journals, MlflowTracker(uri, artifact_root), resume=False)
+            left = _sent_while_it_helps(delivery)
         except Exception as error:  # whatever the server's trouble is, the rows stay and are counted
             reason = str(error) if isinstance(error, LoginError) else why(error)
-    left = _rows_left(journals)
+            left = _rows_left(journals)
     return Outcome(sent=waiting - left, left=left, reason=reason)
+
+
+def _sent_while_it_helps(delivery: Delivery) -> int:
+    """The rows that are left. A pass ends at journals that fail one after the other, and the next begins behind them.
+
+    Raises: as `Delivery.send`, once nothing more can be sent.
+    """
+    while True:
+        left = delivery.rows_left()
+        try:
+            delivery.send()
+            return delivery.rows_left()
+        except Exception:
+            if delivery.rows_left() >= left:
+                raise
 
 
 def _rows_left(journals: Path) -> int:

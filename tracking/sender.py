@@ -59,6 +59,7 @@ class Delivery:
         self._resume = resume
         self._is_open = False
         self._offsets: dict[str, int] = {}
+        self._failed: set[str] = set()  # journals, when they were last tried; the others come first
 
     def send(self) -> None:
         """Send everything there is, in order for each journal.
@@ -66,21 +67,28 @@ class Delivery:
         Raises:
             Exception: the first that the tracker raised; its row and those after it wait for the next call.
         """
+        is_answered = False
         if not self._is_open:
             if (self.journals / STUDY_FILE).exists():
                 self._tracker.open_study(load_study_info(self.journals), resume=self._resume)
+                is_answered = True
             self._is_open = True
         first_error: Exception | None = None
         failures_in_a_row = 0
         for path in self._paths():
+            # Trials that fail again and again do not keep a study waiting whose tracker answers otherwise.
+            if failures_in_a_row >= _MAX_FAILURES_IN_A_ROW and not (is_answered and path.name == STUDY_JOURNAL):
+                continue
+            before = self._offset(path)
             try:
                 self._send_journal(path)
                 failures_in_a_row = 0
+                self._failed.discard(path.name)
             except Exception as error:
                 first_error = first_error or error
                 failures_in_a_row += 1
-                if failures_in_a_row == _MAX_FAILURES_IN_A_ROW:
-                    break
+                self._failed.add(path.name)
+            is_answered = is_answered or self._offset(path) > before
         if first_error:
             raise first_error
 
@@ -97,7 +105,8 @@ class Delivery:
 
     def _paths(self) -> list[Path]:
         # The study last: what it says about its trials comes after what they said.
-        return sorted(self.journals.glob("*.jsonl"), key=lambda path: (path.name == STUDY_JOURNAL, path.name))
+        found = self.journals.glob("*.jsonl")
+        return sorted(found, key=lambda path: (path.name == STUDY_JOURNAL, path.name in self._failed, path.name))
 
     def _offset(self, path: Path) -> int:
         if path.name not in self._offsets:

@@ -147,7 +147,7 @@ class Tracker(Protocol):
         Args:
             name: of the registered model; made if there is none.
             versions: key of a trial whose model was logged -> tags of its version.
-            aliases: alias -> key of one of these trials; the alias moves to it.
+            aliases: alias -> key of one of these trials, to which the alias moves; "": nobody has it any more.
             description: Markdown, of the registered model.
         """
 
