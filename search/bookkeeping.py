@@ -53,6 +53,7 @@ def study_info(config: SearchConfig, storage: Storage) -> StudyInfo:
         tracking_uri=storage.tracking_uri or "",
         kind=config.kind,
         split=config.split,
+        identifier=storage.identifier(config.study_name),
         parameters=parameters,
         conditional=conditional,
     )

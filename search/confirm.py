@@ -30,6 +30,7 @@ from search.confirmation import (
     check_is_search,
     chosen_members,
     members_of,
+    num_seeds,
     planned,
     runs_left,
     with_target,
@@ -76,13 +77,13 @@ class _Confirming:
         url = args.study_url or default_study_url(Path(args.storage or DEFAULT_STORAGE).resolve())
         self.searched = load_stored(url, args.study)
         check_is_search(self.searched.config)
-        if not 1 <= args.seeds <= MOST_SEEDS:
+        if args.seeds is not None and not 1 <= args.seeds <= MOST_SEEDS:
             raise ConfirmError(f"--seeds {args.seeds}: expected 1 to {MOST_SEEDS}")
-        self.seeds = args.seeds
         self.members = chosen_members(self.searched.record, args.members)
         self.config = _config(args, self.searched.config, url)
         self.storage = replace(Storage.of(self.config, args.storage), study_url=url)
-        stored_record(self.config, url)  # other options are refused here
+        stored = stored_record(self.config, url)  # other options are refused here
+        self.seeds = args.seeds or num_seeds(stored) or DEFAULT_SEEDS
         searched = _search_data(self.searched, self.config)
         self.dataset = _final_data(searched, self.config)
         self.images = Images(
@@ -249,7 +250,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--storage", metavar="DIR", help=f"the search's storage folder (default: {DEFAULT_STORAGE})")
     parser.add_argument("--study-url", metavar="URL", help="the study's database, when it is not in that folder")
     parser.add_argument(
-        "--seeds", metavar="N", type=int, default=DEFAULT_SEEDS, help="runs of each member (default: 3)"
+        "--seeds",
+        metavar="N",
+        type=int,
+        help=f"runs of each member (default: {DEFAULT_SEEDS}, or as many as there are)",
     )
     parser.add_argument(
         "--members", metavar="TRIAL", nargs="+", default=[], help="numbers or keys of trials instead of the front"

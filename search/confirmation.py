@@ -126,6 +126,11 @@ def _place(trial: TrialRecord) -> tuple[str, int]:
 # ---- As a study ----------------------------------------------------------------------------------------------------
 
 
+def num_seeds(stored: StudyRecord | None) -> int:
+    """How many seeds a stored confirmation has for a member, at most; 0: there is none."""
+    return max((trial.params[SEED] + 1 for trial in stored.trials if SEED in trial.params), default=0) if stored else 0
+
+
 def derived_seeds(study_seed: int, index: int) -> dict[str, int]:
     """The seeds of teacher and student for a seed index: other ones than those of any trial of the search."""
     return {part: derive_seed(study_seed, "confirm", index, part) for part in ("teacher", "student")}

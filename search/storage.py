@@ -18,6 +18,7 @@ from search.teachers import TeacherStore
 from tracking.address import HOW_TO_LOG_IN, URI, Address, AddressError, is_server, shown
 
 DEFAULT_STORAGE = "runs"
+STUDY_MARK = "study.id"
 _TRACKING_SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql")
 
 
@@ -87,7 +88,7 @@ class Storage:
         Raises:
             StorageError: the folder holds another study of that name, such as one whose database was deleted.
         """
-        mark = self.study_folder(study) / "study.id"
+        mark = self.study_folder(study) / STUDY_MARK
         mark.parent.mkdir(parents=True, exist_ok=True)
         if not mark.exists() and (identifier.startswith(UNMARKED) or not (mark.parent / "trials").exists()):
             mark.write_text(identifier)
@@ -96,6 +97,11 @@ class Storage:
                 f"{mark.parent} holds the trials of another study of that name; move it away, or choose another name "
                 "(--set name=...) or another --storage"
             )
+
+    def identifier(self, study: str) -> str:
+        """The identifier of the study that the folder belongs to; empty: it has not been claimed."""
+        mark = self.study_folder(study) / STUDY_MARK
+        return mark.read_text() if mark.exists() else ""
 
     @contextmanager
     def only_driver(self, study: str) -> Iterator[DriverLock]:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tracking.journal import STUDY_JOURNAL, Journal, save_study_info
 from tracking.mlflow_tracker import MlflowTracker, local_store, prepare_environment
 from tracking.replay import main as replay_main
 from tracking.sender import Delivery, forget_sent
-from tracking.tracker import TAG_TRIAL, MetricRow, RefusedError, StudyInfo, Tracker
+from tracking.tracker import TAG_TRIAL, MetricRow, OtherStudyError, RefusedError, StudyInfo, Tracker
 from tracking.ui import main as ui_main
 
 # The first test that touches MLflow pays for its import and the creation of a database.
@@ -365,3 +366,27 @@ def test_the_ui_says_what_it_expected(storage: Path, tmp_path: Path, capsys: pyt
     assert "mlflow.db is not there" in capsys.readouterr().err
     assert ui_main(["--storage", str(storage), "--port", "99999"]) == 2
     assert "give another --port" in capsys.readouterr().err
+
+
+def test_a_study_of_another_storage_folder_is_not_written_over(tmp_path: Path) -> None:
+    """Both keep their rows; the second says what to do, and is sent once it has a name of its own."""
+    mine, other = (replace(STUDY, identifier=text) for text in ("mine", "other"))
+    tracker = MlflowTracker(*local_store(tmp_path))
+    for _ in range(2):  # the same one goes on
+        tracker.open_study(mine)
+    tracker.start_trial("t1", {"alpha": 1}, {})
+    journals = tmp_path / "other"
+    save_study_info(journals, other)
+    with Journal(journals / "t1.jsonl") as journal:
+        journal.start("t1", {"alpha": 2}, {})
+        journal.end("FINISHED", {"certified_accuracy": 0.5}, {})
+    delivery = Delivery(journals, MlflowTracker(*local_store(tmp_path)))
+    with pytest.raises(OtherStudyError, match=r"another study 'study-a' .*: give one of them a name of its own"):
+        delivery.send()
+    assert delivery.rows_left() == 2
+    (run,) = tracker._client.search_runs(["1"], "tags.`cert.trial` = 't1'")
+    assert (run.data.params, run.data.metrics, run.info.status) == ({"alpha": "1"}, {}, "RUNNING")
+    save_study_info(journals, replace(other, name="study-b"))
+    delivery = Delivery(journals, MlflowTracker(*local_store(tmp_path)))
+    delivery.send()
+    assert delivery.rows_left() == 0

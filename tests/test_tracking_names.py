@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(60)  # the first import of verifier and figures
 
 # What a tracker writes itself, so that no journal has it.
 TRACKER_TAGS = {
-    "study": {tracker.TAG_KIND, tracker.TAG_STUDY, tracker.TAG_SPLIT, mlflow_tracker._NOTE_TAG},
+    "study": {tracker.TAG_KIND, tracker.TAG_STUDY, tracker.TAG_STUDY_ID, tracker.TAG_SPLIT, mlflow_tracker._NOTE_TAG},
     "trial": {
         tracker.TAG_KIND,
         tracker.TAG_STUDY,

@@ -30,10 +30,12 @@ from tracking.tracker import (
     TAG_KIND,
     TAG_SPLIT,
     TAG_STUDY,
+    TAG_STUDY_ID,
     TAG_TRIAL,
     LoginError,
     MetricRow,
     ModelInfo,
+    OtherStudyError,
     ParamValue,
     RefusedError,
     Status,
@@ -113,13 +115,14 @@ class MlflowTracker:
             self._study = study
             self._forget()
             parent = self._find_or_create(self._study_tags(), study.name)
+            _check_identity(study, parent.data.tags.get(TAG_STUDY_ID, ""))
             self._parent_id = parent.info.run_id
             self._pages = (self._experiment(), self._parent_id)
             if resume and parent.info.status != "RUNNING":
                 self._client.update_run(self._parent_id, status="RUNNING")
-            # Of another study of that name, in a store that several people use, what cannot be changed stays.
+            # A study without an identifier may meet another of its name: what cannot be changed stays.
             params = {name: value for name, value in study.params.items() if name not in parent.data.params}
-            self._log_params_and_tags(self._parent_id, params, {TAG_SPLIT: study.split, **study.tags})
+            self._log_params_and_tags(self._parent_id, params, {**_own_tags(study), **study.tags})
             self._describe(study.description)
             views.save_views(self._client, self._experiment(), study)
 
@@ -393,6 +396,18 @@ def open_client(uri: str) -> "MlflowClient":
         with database.with_name(database.name + ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             return MlflowClient(uri)
+
+
+def _check_identity(study: StudyInfo, found: str) -> None:
+    if study.identifier and found and found != study.identifier:
+        raise OtherStudyError(
+            f"has another study {study.name!r} in experiment {study.experiment!r}, from another storage folder: "
+            "give one of them a name of its own (--set name=...), or use another server"
+        )
+
+
+def _own_tags(study: StudyInfo) -> dict[str, str]:
+    return {TAG_SPLIT: study.split} | ({TAG_STUDY_ID: study.identifier} if study.identifier else {})
 
 
 def _shortened(text: str, length: int) -> str:

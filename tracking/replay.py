@@ -16,7 +16,7 @@ from tracking.address import Address, AddressError
 from tracking.journal import STUDY_FILE, load_study_info
 from tracking.mlflow_tracker import MlflowTracker, local_store
 from tracking.sender import Delivery, forget_sent, why
-from tracking.tracker import LoginError, NullTracker
+from tracking.tracker import NEEDS_A_PERSON, NullTracker
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def replay(journals: Path, uri: str, artifact_root: str | None, *, from_start: b
             delivery = Delivery(journals, MlflowTracker(uri, artifact_root), resume=False)
             left = _sent_while_it_helps(delivery)
         except Exception as error:  # whatever the server's trouble is, the rows stay and are counted
-            reason = str(error) if isinstance(error, LoginError) else why(error)
+            reason = str(error) if isinstance(error, NEEDS_A_PERSON) else why(error)
             left = _rows_left(journals)
     return Outcome(sent=waiting - left, left=left, reason=reason)
 

@@ -30,7 +30,7 @@ from tracking.journal import (
     read_rows,
     replace_text,
 )
-from tracking.tracker import LoginError, MetricRow, ModelInfo, RefusedError, Tracker
+from tracking.tracker import NEEDS_A_PERSON, MetricRow, ModelInfo, RefusedError, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class Sender:
             with self._pass_done:
                 self._wake.set()
                 is_done = self._pass_done.wait(min(remaining, self._interval_s))
-            if is_done and isinstance(self._error, LoginError):
+            if is_done and isinstance(self._error, NEEDS_A_PERSON):
                 return left  # waiting does not mend it, and some servers lock a user out who tries too often
         return left
 
@@ -266,16 +266,16 @@ class Sender:
         self._error = error
         if self._stopping.is_set():
             return  # stop() has said already what is missing
-        level = _LOGIN if isinstance(error, LoginError) else _OUTAGE
+        level = _LOGIN if isinstance(error, NEEDS_A_PERSON) else _OUTAGE
         if self._told < level:
             self._told = level
             log.warning(
                 "tracking server %s, %d rows waiting; they are kept in %s and sent when it answers; %s%s",
-                error if isinstance(error, LoginError) else "unreachable",
+                error if isinstance(error, NEEDS_A_PERSON) else "unreachable",
                 self._rows_left(),
                 self._delivery.journals,
                 self._advice(),
-                "" if isinstance(error, LoginError) else f" ({why(error)})",
+                "" if isinstance(error, NEEDS_A_PERSON) else f" ({why(error)})",
             )
 
     def _note_success(self) -> None:

@@ -16,6 +16,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 TAG_KIND = "cert.kind"
 TAG_STUDY = "cert.study"
 TAG_TRIAL = "cert.trial"
+TAG_STUDY_ID = "cert.study_id"  # random: tells studies of one name apart
 TAG_SPLIT = "cert.split"  # whose images the accuracies are about
 TAG_FRONT = "cert.on_front"  # "true" for the members of the front as it is now, "false" for former ones
 KIND_TRIAL = "trial"
@@ -31,6 +32,14 @@ class LoginError(Exception):
     """The service does not accept the login, or got none; the text says what to set."""
 
 
+class OtherStudyError(Exception):
+    """The service has a study of that name that is another one; the text says what to do."""
+
+
+# Waiting does not mend these: a person has to do something.
+NEEDS_A_PERSON = (LoginError, OtherStudyError)
+
+
 @dataclass(frozen=True)
 class StudyInfo:
     """A study as the tracking service shows it.
@@ -44,6 +53,7 @@ class StudyInfo:
         tracking_uri: where the study is logged; empty for the local store beside it.
         kind: what the parent run is about.
         split: whose images its accuracies are about, "validation" or "test".
+        identifier: random and the study's own; empty: it has none, so that any study of its name is taken for it.
         parameters: names of the searched parameters, for the axes of saved views.
         conditional: those of them that only some trials have.
     """
@@ -56,6 +66,7 @@ class StudyInfo:
     tracking_uri: str = ""
     kind: StudyKind = "study"
     split: str = "validation"
+    identifier: str = ""
     parameters: tuple[str, ...] = ()
     conditional: tuple[str, ...] = ()
 

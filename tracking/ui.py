@@ -1,6 +1,6 @@
 """The MLflow pages of a storage folder, on this machine only.
 
-python -m tracking.ui --storage DIR [--study NAME] [--port 5000] [--host 127.0.0.1]
+python -m tracking.ui [--storage DIR] [--study NAME] [--port 5000] [--host 127.0.0.1]
 
 Prints a link to the front of the study that changed last, and one for each other study, before the server starts.
 """
@@ -63,7 +63,9 @@ def _label(page: StudyPage) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tracking.ui", description="Show searches in the MLflow UI.")
-    parser.add_argument("--storage", type=Path, required=True, help="the folder given to the search as --storage")
+    parser.add_argument(
+        "--storage", type=Path, default=Path("runs"), help="the folder given to the search as --storage (default: runs)"
+    )
     parser.add_argument("--study", metavar="NAME", help="the study to open (default: the one that changed last)")
     parser.add_argument("--port", type=int, default=5000)
     parser.add_argument("--host", default="127.0.0.1", help="there is no login: keep it local and use an SSH tunnel")
