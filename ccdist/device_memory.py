@@ -36,7 +36,7 @@ class Budget:
     @classmethod
     def of(cls, device: torch.device) -> "Budget":
         host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return cls(device, torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host, host)
+        return cls(device, _free_on_gpu(device) if device.type == "cuda" else host, host)
 
     def sub_problems(self, images: Images) -> int:
         """Sub-problems bounded at once."""
@@ -66,6 +66,15 @@ class Budget:
                 return
             image.give_up()
             sizes[id(image)] = 0
+
+
+def _free_on_gpu(device: torch.device) -> int:
+    """What this process may still take: of a GPU that it shares, no more than the share it was given."""
+    free, total = torch.cuda.mem_get_info(device)
+    share = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    # What the allocator keeps without using it counts as reserved, though this process has it at hand.
+    reserved, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    return max(0, min(free + reserved, share) - used)
 
 
 def is_out_of_memory(error: Exception) -> bool:
