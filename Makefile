@@ -8,7 +8,7 @@ STORAGE ?= runs
 SPACE ?= spaces/digits.yaml
 ARGS ?=
 
-.PHONY: setup search test slow lint types ui pictures bench lock clean
+.PHONY: setup search test slow lint types audit ui pictures bench lock clean
 
 setup: $(VENV)/.installed
 
@@ -37,6 +37,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# AUDIT_STRICT=1: not being able to ask for known vulnerabilities is an error, too.
+audit: setup
+	$(BIN)/python .ci/audit.py
 
 ui: setup
 	$(BIN)/python -m tracking.ui --storage $(STORAGE) $(ARGS)

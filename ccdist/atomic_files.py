@@ -36,6 +36,7 @@ def _unfinished(path: Path) -> Iterator[Path]:
     """A file beside the path, moved there once it is complete."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
+        unfinished.unlink(missing_ok=True)  # a killed writer's, or a link that somebody else has laid there
         yield unfinished
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())

@@ -1,7 +1,12 @@
 """Which source a number was computed with."""
 
+import os
 import subprocess
 from pathlib import Path
+
+# Says so where the package is a copy without its repository: whoever copies it to another machine sets this.
+COMMIT = "CCDIST_COMMIT"
+UNKNOWN = "unknown"
 
 
 def source_commit() -> str:
@@ -10,8 +15,8 @@ def source_commit() -> str:
     A package that was installed is no part of the repository that its folder may happen to lie in.
     """
     if not _git("ls-files", Path(__file__).name):
-        return "unknown"
-    return _git("describe", "--always", "--dirty", "--abbrev=12") or "unknown"
+        return os.environ.get(COMMIT) or UNKNOWN
+    return _git("describe", "--always", "--dirty", "--abbrev=12") or UNKNOWN
 
 
 def _git(*words: str) -> str:

@@ -59,8 +59,9 @@ class Asker:
         proposal, future = self._asked
         if not future.done():
             return None
-        self._asked = None
-        return study.enqueue(proposal, future.result())
+        number = study.enqueue(proposal, future.result())
+        self._asked = None  # not before: a suggestion that could not be stored is not lost
+        return number
 
     def look_ahead(self, study: Study) -> None:
         """Start computing the next suggestion, if that is slow."""

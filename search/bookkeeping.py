@@ -12,7 +12,7 @@ from optuna.distributions import CategoricalDistribution
 
 from search.config import SearchConfig
 from search.configurations import study_front
-from search.disk_space import is_full_disk
+from search.disk_space import is_of_disk
 from search.records import StudyRecord
 from search.redrawing import Artifacts
 from search.report import front_trials
@@ -89,7 +89,7 @@ def tracked(config: SearchConfig, storage: Storage, live_keys: set[str]) -> Iter
     """One sender for the time of the search; runs of an earlier driver that nobody resumes are ended."""
     journals = storage.journals(config.study_name)
     save_study_info(journals, study_info(config, storage))
-    end_dead_trials(journals, live_keys)
+    storage.push_ends(config.study_name, end_dead_trials(journals, live_keys))
     settings = write_settings(config, storage.study_folder(config.study_name))
     with Journal(journals / STUDY_JOURNAL) as journal:
         tags = environment_tags() | tables_tag(TRIALS_SHOWN)
@@ -134,12 +134,12 @@ def where_to_look(tracker: Tracker, storage: Storage) -> str | None:
 def close_study(record: StudyRecord, storage: Storage, status: Status) -> None:
     """Draw everything once more, end the runs of trials that were cut off, and write the study's last word.
 
-    What a full disk keeps from being written, the next command writes, as `is_settled` sees.
+    What a full or absent disk keeps from being written, the next command writes, as `is_settled` sees.
     """
     try:
         _close(record, storage, status)
     except OSError as error:
-        if not is_full_disk(error):
+        if not is_of_disk(error):
             raise
         log.warning("the record of study %s is not complete (%s); the same command completes it", record.name, error)
 
@@ -151,7 +151,7 @@ def _close(record: StudyRecord, storage: Storage, status: Status) -> None:
         artifacts = draw(record, storage.study_folder(record.name))
     except Exception as error:  # figures must not end a search, whose results are stored
         log.warning("report and figures are not up to date (%s: %s)", type(error).__name__, error)
-    end_dead_trials(journals, set())
+    storage.push_ends(record.name, end_dead_trials(journals, set()))
     metrics = study_metrics(study_front(record).hypervolume_bounds, Counter(trial.state for trial in record.trials))
     with Journal(journals / STUDY_JOURNAL) as journal:
         journal.study(metrics, {STATE: status}, artifacts, step=len(record.done))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from search.config import BudgetConfig, ResourcesConfig
+from search.deaths import lost_seconds
 from search.records import TrialRecord
 
 SECONDS_PER_HOUR = 3600.0
@@ -12,15 +13,18 @@ SECONDS_PER_HOUR = 3600.0
 def accelerator_hours(trials: Iterable[TrialRecord], resources: ResourcesConfig) -> float:
     """Hours of all trials, each times its share of GPUs; without GPUs, times its cores.
 
-    A trial that has not finished counts what it had spent when it last reached a rung.
+    What was lost with workers was paid, too. A trial that has not finished counts what it had spent when it last
+    reached a rung; one that ran out of memory counts as if it had held its last share from its start on.
     """
-    return sum(map(_seconds, trials)) / SECONDS_PER_HOUR * (resources.gpu or resources.cpu)
+    ordinary = resources.gpu or resources.cpu
+    return sum(_seconds(trial) * (trial.accelerators or ordinary) for trial in trials) / SECONDS_PER_HOUR
 
 
 def _seconds(trial: TrialRecord) -> float:
-    if trial.seconds is not None:
-        return trial.seconds
-    return max((values.seconds for values in trial.rungs.values()), default=0.0)
+    own = trial.seconds
+    if own is None:
+        own = max((values.seconds for values in trial.rungs.values()), default=0.0)
+    return own + lost_seconds(trial.deaths)
 
 
 class Budget:

@@ -90,6 +90,10 @@ class Checkup:
     def _journals(self) -> Path:
         return self.storage.journals(self.study)
 
+    @property
+    def _teachers(self) -> Path:
+        return Path(self.storage.teachers)
+
     def findings(self) -> list[Finding]:
         """Everything that is worth a line; writes nothing.
 
@@ -106,8 +110,9 @@ class Checkup:
         for trial in record.complete:
             found += check_files(trial, _trial_view(TrialPlaces.of(self.storage.artifacts, self.study, trial.key)))
         found += check_names(record, folders, keys)
-        found += check_teachers(_teacher_problems(self.storage.teachers))
-        found += check_leases(_lease_ages(self.storage.teachers), EXPIRY_S)
+        if isinstance(self.storage.teachers, Path):  # in an object store workers compare them with their hashes
+            found += check_teachers(_teacher_problems(self.storage.teachers))
+            found += check_leases(_lease_ages(self.storage.teachers), EXPIRY_S)
         if not self.live:
             for name in journals:
                 damage = journal_damage(self._journals / f"{name}.jsonl")
@@ -139,10 +144,10 @@ class Checkup:
             case Repair.SET_ASIDE:
                 self._set_aside(self._root / finding.repaired_object)
             case Repair.SET_ASIDE_TEACHER:
-                self._set_aside(self.storage.teachers / finding.repaired_object)
+                self._set_aside(self._teachers / finding.repaired_object)
             case Repair.DELETE_LEASE:
                 for suffix in (".claim", ".beat"):
-                    (self.storage.teachers / finding.repaired_object).with_suffix(suffix).unlink(missing_ok=True)
+                    (self._teachers / finding.repaired_object).with_suffix(suffix).unlink(missing_ok=True)
             case Repair.MEND_JOURNAL:
                 mend_journal(self._journals / f"{finding.repaired_object}.jsonl")
             case Repair.DELETE_RUN:

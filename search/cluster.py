@@ -3,23 +3,25 @@
 import logging
 import math
 import os
-import socket
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import ray
 
-# Not address="auto": that joins any Ray on this machine, such as another search's, and dies with it.
-from ray._private.utils import read_ray_address
-
+from search.addresses import Address, ClusterError, cluster_address
 from search.config import ResourcesConfig
-from search.errors import UserError
+from search.local_ray import kept_private
+from search.shipping import workers_env
 
 # Room in the object store beside the images: Ray's own minimum is 75 MiB.
 _OBJECT_STORE_SPARE = 256 * 2**20
-# How long a cluster may take to answer at all.
-CONNECT_S = 5.0
+# How often a cluster's nodes are counted anew.
+RECOUNT_S = 10.0
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -28,10 +30,13 @@ _ENVIRONMENT = {
     "RAY_prestart_worker_first_driver": "0",  # idle processes, one for each core, that no trial would use
     "RAY_AIR_NEW_OUTPUT": "0",  # the search has its own table
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # and its own journals
+    # and its own words for a cluster without nodes
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "inf",
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S_AUTOSCALER": "inf",
 }
 
 
-class ResourcesError(UserError):
+class ResourcesError(ClusterError):
     """The trials ask for more than the cluster has."""
 
 
@@ -39,90 +44,176 @@ class ResourcesError(UserError):
 class Cluster:
     """Where trials run."""
 
-    slots: int  # trials at once
+    slots: Callable[[], int]  # trials at once, now
     description: str
+    is_shared: bool  # it was there before this search, and may have other nodes than this machine
 
 
 @contextmanager
-def connected(resources: ResourcesConfig, data_bytes: int) -> Iterator[Cluster]:
-    """Ray for the time of the context: RAY_ADDRESS, else what `ray start` left running here, else a new local one.
+def connected(
+    resources: ResourcesConfig,
+    data_bytes: int,
+    address: str | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Iterator[Cluster]:
+    """Ray for the time of the context, in which SIGTERM is Ctrl-C.
+
+    Args:
+        address: as in search.addresses; None: RAY_ADDRESS, else what `ray start` left running here, else a new local
+            one.
+        tell: hears when no node is left, and when one is back.
 
     Raises:
-        ResourcesError: no node can hold one trial, or the address is of an unsupported kind.
+        ResourcesError: no node can hold one trial.
+        ClusterError: the cluster that was asked for cannot be used.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    where = _init(data_bytes)
+    description, is_shared = _init(Address.of(address), data_bytes)
     try:
-        if resources.concurrency == "auto":
-            slots = _slots(resources)
-        else:
-            # A cluster may start nodes once trials wait for them; on this machine there is only what there is.
-            slots = resources.concurrency if where.startswith("Ray") else min(resources.concurrency, _slots(resources))
-        yield Cluster(slots, where)
+        with _sigterm_as_ctrl_c():
+            yield Cluster(_counted(resources, is_shared, tell), description, is_shared)
     finally:
         ray.shutdown()
 
 
-def _init(data_bytes: int) -> str:
-    address = os.environ.get("RAY_ADDRESS")
+def _init(asked: Address, data_bytes: int) -> tuple[str, bool]:
+    """What it is called, and whether it was there before."""
     options = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        if address.startswith("ray://"):
-            raise ResourcesError(
-                f"RAY_ADDRESS is {address}; Ray Client cannot run a search: run it on the head, or use ray job submit"
-            )
-        unanswered = f"no Ray cluster answers at RAY_ADDRESS={address}"
-        advice = "start it, or unset RAY_ADDRESS to run on this machine"
-        if not _answers(address):
-            raise ResourcesError(f"{unanswered}; {advice}")
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ResourcesError(f"{unanswered} ({' '.join(str(error).split())}); {advice}") from error
-        return f"Ray cluster at {address}"
-    started = read_ray_address()
-    if started and _answers(started):  # else that cluster is gone and left its address behind
-        ray.init(address=started, **options)
-        return "the Ray cluster on this machine"
-    store = 2 * data_bytes + _OBJECT_STORE_SPARE
-    ray.init(address="local", include_dashboard=False, object_store_memory=store, **options)
-    return "this machine"
-
-
-def _answers(address: str) -> bool:
-    """Whether anybody listens there, since Ray itself would try for minutes; True for an address without a port."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return True
+    address = cluster_address(asked)
+    if address is None:
+        store = 2 * data_bytes + _OBJECT_STORE_SPARE
+        with kept_private():
+            ray.init(address="local", include_dashboard=False, object_store_memory=store, **options)
+        return "this machine", False
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S):
-            return True
-    except OSError:
-        return False
+        ray.init(address=address, runtime_env=workers_env(), **options)
+    except Exception as error:  # of many kinds: another Python or Ray, no raylet on this machine, no room for the code
+        ray.shutdown()
+        what = asked.words or "the Ray cluster on this machine"
+        raise ClusterError(f"{what} cannot be joined ({' '.join(str(error).split())})") from error
+    return ("the Ray cluster on this machine" if asked.value in ("", "auto") else f"Ray cluster at {address}"), True
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """`kill` and `ray job stop` end a search as Ctrl-C does; Ray's own handler would leave in the middle of a step."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        handler = signal.getsignal(signal.SIGINT)
+        if callable(handler):  # called, not raised: a job of Ray's starts with SIGINT blocked
+            handler(signal.SIGINT, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _counted(resources: ResourcesConfig, is_shared: bool, tell: Callable[[str], None]) -> Callable[[], int]:
+    """Trials at once: as the space file says, else as many as fit on the nodes that are there."""
+    asked = resources.concurrency
+    if is_shared and asked != "auto":
+        return lambda: asked  # a cluster may start nodes once trials wait for them
+    fitting = _slots(resources)
+    if is_shared:
+        return Slots(lambda: _num_fitting(resources), fitting, tell)
+    slots = fitting if asked == "auto" else min(asked, fitting)  # on this machine there is only what there is
+    return lambda: slots
+
+
+class Slots:
+    """Trials at once on a cluster whose nodes come and go.
+
+    Never below 1: a trial that waits in Ray's queue starts on the first node that is back, and tells an autoscaler
+    that one is wanted.
+
+    Args:
+        count: how many fit now.
+        first: how many fitted a moment ago.
+        tell: hears when none fits for longer than a count, and when it is over.
+    """
+
+    def __init__(
+        self,
+        count: Callable[[], int],
+        first: int,
+        tell: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._count, self._tell, self._clock = count, tell, clock
+        self._slots, self._counted = first, clock()
+        self._told = False
+
+    def __call__(self) -> int:
+        if self._clock() - self._counted >= RECOUNT_S:
+            self._recount()
+        return max(1, self._slots)
+
+    def _recount(self) -> None:
+        before = self._slots
+        try:
+            self._slots = self._count()
+        except Exception:
+            return  # a head that is away for a moment; the last count stays
+        finally:
+            self._counted = self._clock()
+        if self._slots == before == 0 and not self._told:
+            self._told = True
+            self._tell("waiting: no node that could hold a trial is left; the search goes on when one is back")
+        elif self._slots > 0 and self._told:
+            self._told = False
+            self._tell(f"nodes are back: {self._slots} trial{'' if self._slots == 1 else 's'} at once")
+
+
+def _num_fitting(resources: ResourcesConfig) -> int:
+    return sum(fits(node["Resources"], resources) for node in ray.nodes() if node["Alive"])
 
 
 def _slots(resources: ResourcesConfig) -> int:
     """How many trials fit on the nodes that are there."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    slots = sum(_fits(node, resources) for node in nodes)
+    slots = sum(fits(node, resources) for node in nodes)
     if slots == 0:
-        most_cpu = max((node.get("CPU", 0.0) for node in nodes), default=0.0)
-        most_gpu = max((node.get("GPU", 0.0) for node in nodes), default=0.0)
+        most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in _asked(resources)}
         raise ResourcesError(
-            f"a trial asks for {resources.cpu:g} CPUs and {resources.gpu:g} GPUs, but no node has as many: the largest "
-            f"has {most_cpu:g} CPUs and {most_gpu:g} GPUs; lower resources.cpu or resources.gpu "
-            "(--set resources.gpu=0); on a cluster that starts nodes when they are needed, set "
-            "resources.concurrency to the trials wanted at once"
+            f"a trial asks for {_in_words(_asked(resources))}, but no node has as many: the largest has "
+            f"{_in_words(most)}; lower {_fields(resources)} (--set resources.gpu=0); on a cluster that starts nodes "
+            "when they are needed, set resources.concurrency to the trials wanted at once"
         )
     return slots
 
 
-def _fits(node: dict[str, float], resources: ResourcesConfig) -> int:
-    by_cpu = math.floor(node.get("CPU", 0.0) / resources.cpu + 1e-9)
+def _asked(resources: ResourcesConfig) -> dict[str, float]:
+    """Under Ray's names; CPUs and GPUs always."""
+    memory = {} if resources.memory_gb is None else {"memory": resources.memory_gb * 2**30}
+    return {"CPU": resources.cpu, "GPU": resources.gpu} | memory | resources.custom
+
+
+def _fields(resources: ResourcesConfig) -> str:
+    """What a space file says of them."""
+    more = {"memory_gb": resources.memory_gb is not None, "custom": bool(resources.custom)}
+    return " or ".join(f"resources.{name}" for name in ("cpu", "gpu", *(name for name in more if more[name])))
+
+
+def _in_words(amounts: dict[str, float]) -> str:
+    words = {"CPU": "{:g} CPUs", "GPU": "{:g} GPUs", "memory": "{:.3g} GiB of memory"}
+    scale = {"memory": 2**30}
+    told = [words.get(name, "{:g} " + name).format(value / scale.get(name, 1)) for name, value in amounts.items()]
+    return " and ".join([", ".join(told[:-1]), told[-1]])
+
+
+def fits(node: dict[str, float], resources: ResourcesConfig) -> int:
+    """Trials at once on a node, by what Ray counts of it."""
+    others = {name: amount for name, amount in _asked(resources).items() if name != "GPU"}
+    by_others = min(math.floor(node.get(name, 0.0) / amount + 1e-9) for name, amount in others.items())
     if resources.gpu == 0:
-        return by_cpu
+        return by_others
     gpus = node.get("GPU", 0.0)
     # A trial with a fraction of a GPU lies on one GPU: 0.4 packs two trials a GPU, not 2.5.
     by_gpu = gpus * math.floor(1 / resources.gpu + 1e-9) if resources.gpu <= 1 else gpus // resources.gpu
-    return min(by_cpu, math.floor(by_gpu))
+    return min(by_others, math.floor(by_gpu))

@@ -7,6 +7,7 @@ away costs nothing: the journal stays, `python -m tracking.replay` sends it.
 from collections.abc import Mapping
 from pathlib import Path
 
+from ccdist import atomic_files
 from search.bookkeeping import open_tracker, study_info, where_to_look
 from search.comparison import Comparison, Method
 from search.comparison_text import Rows, notes, reach_rows, results_rows, setting
@@ -38,9 +39,18 @@ def record(comparison: Comparison, config: SearchConfig, storage: Storage, files
     with Journal(journals / STUDY_JOURNAL) as journal:
         metrics = {name: value for method in comparison.methods for name, value in _metrics(comparison, method).items()}
         # The step grows with the studies: MLflow shows the values of the highest one.
-        journal.study(metrics, {}, files, step=num_trials)
+        journal.study(metrics, {}, _kept(files, journals.parent), step=num_trials)
         journal.close_study("FINISHED")
     return journals
+
+
+def _kept(files: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """The files in the comparison's own folder, copied there from elsewhere: no other is sent."""
+    kept = {name: folder / name for name in files}
+    for name, file in files.items():
+        if file.resolve() != kept[name].resolve():
+            atomic_files.write_bytes(kept[name], file.read_bytes())
+    return kept
 
 
 def deliver(config: SearchConfig, storage: Storage, journals: Path) -> str:

@@ -4,6 +4,7 @@ A space file is YAML. `network`, `teacher` and `student` are the configurations 
 value may be a range (see `search.space`); everything else is fixed.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,8 @@ from search.records import OBJECTIVES
 KIND = "space file"
 # How a search goes on may change from command to command; what a trial's result depends on may not.
 OPEN_TO_CHANGE = ("sampler", "seeds")
+# Resources of Ray's that a trial has fields for.
+RAYS_OWN = {"cpu": "cpu", "gpu": "gpu", "memory": "memory_gb"}
 StudyKind = Literal["study", "confirmation"]
 
 
@@ -163,6 +166,12 @@ class ResourcesConfig(Config):
 
     cpu: float = Field(1.0, ge=0.001, description="cores of a trial; Ray counts to four decimals")
     gpu: float = Field(0.0, ge=0, description="0.25 packs four trials on a GPU")
+    memory_gb: float | None = Field(
+        None, gt=0, description="host memory that Ray keeps for a trial, GiB; None: none is kept"
+    )
+    custom: dict[str, float] = Field(
+        default_factory=dict, description="Ray's custom resources of a trial, such as {vram_gb: 12}"
+    )
     concurrency: int | Literal["auto"] = Field("auto", description="trials at once; auto: as many as fit")
 
     @field_validator("concurrency")
@@ -170,6 +179,16 @@ class ResourcesConfig(Config):
     def _positive(cls, value: int | str) -> int | str:
         if isinstance(value, int) and value < 1:
             raise ValueError(f"{value} trials at once; expected at least 1, or auto")
+        return value
+
+    @field_validator("custom")
+    @classmethod
+    def _custom(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, amount in value.items():
+            if name.lower() in RAYS_OWN:
+                raise ValueError(f"{name} has a field of its own: resources.{RAYS_OWN[name.lower()]}")
+            if not 0 < amount < math.inf:
+                raise ValueError(f"{name}: {amount}; expected a number above 0")
         return value
 
     @field_validator("gpu")
@@ -184,7 +203,9 @@ class StorageConfig(Config):
     """Where the study (a database) and the artefacts (files) are; --storage DIR sets both."""
 
     study: str | None = Field(None, description="database URL; None: study.db in the storage folder")
-    artifacts: str | None = Field(None, description="folder; None: artifacts in the storage folder")
+    artifacts: str | None = Field(
+        None, description="folder, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX; None: artifacts in the storage folder"
+    )
 
 
 class TrackingConfig(Config):

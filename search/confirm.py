@@ -39,6 +39,7 @@ from search.confirmation_config import TIMEOUT_S, ConfirmationConfig, ConfirmErr
 from search.database import StudyError, without_password
 from search.errors import UserError
 from search.records import StudyRecord
+from search.run import ADDRESS_HELP
 from search.space import Space
 from search.storage import DEFAULT_STORAGE, Storage, default_study_url
 from search.study_files import draw
@@ -73,7 +74,7 @@ class _Confirming:
     """
 
     def __init__(self, args: argparse.Namespace, console: Console, command: str) -> None:
-        self.console, self.command = console, command
+        self.console, self.command, self.address = console, command, args.address
         url = args.study_url or default_study_url(Path(args.storage or DEFAULT_STORAGE).resolve())
         self.searched = load_stored(url, args.study)
         check_is_search(self.searched.config)
@@ -121,6 +122,7 @@ class _Confirming:
                 lock,
                 study_type=ConfirmationStudy,
                 close=closing.close,
+                address=self.address,
             )
         self._show(outcome.record, closing)
         if outcome.where is not None:
@@ -274,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="change resources or tracking of the space file, for example --set resources.gpu=1",
     )
+    parser.add_argument("--address", metavar="ADDRESS", help=ADDRESS_HELP)
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would run, with its hours; start and write nothing"
     )

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import event
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from search.errors import UserError
 
@@ -22,11 +24,18 @@ POSTGRES_CONNECTION: dict[str, Any] = {
     "keepalives_count": 3,
     "tcp_user_timeout": 25_000,
 }
+# What SQLite says while another program holds the file: SQLITE_BUSY, SQLITE_LOCKED.
+_SQLITE_HELD = (5, 6)
+_READ_ONLY = "25006"  # what a PostgreSQL server says that has just become a standby
 _EXPECTED = "expected sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 
 
 class StudyError(UserError):
     """The stored study cannot be used as asked; the text says what to do."""
+
+
+class DatabaseAwayError(StudyError):
+    """The database does not answer, or the connection broke: what was asked of it may have been done or not."""
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -44,7 +53,7 @@ def postgres_url(url: str) -> str:
 
 
 def open_storage(url: str) -> optuna.storages.RDBStorage:
-    """The database behind a URL.
+    """The database behind a URL, whose outages from then on are of the class DatabaseAwayError.
 
     Raises:
         StudyError: it cannot be opened, or is none.
@@ -54,7 +63,7 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         if is_postgres(url):
             # The ping replaces connections that a restart of the server has broken.
             options = {"pool_pre_ping": True, "connect_args": POSTGRES_CONNECTION}
-            return _closed_at_its_end(optuna.storages.RDBStorage(postgres_url(url), engine_kwargs=options))
+            return _opened(optuna.storages.RDBStorage(postgres_url(url), engine_kwargs=options), url)
         database = sqlite_file(url)
         if database is None:
             raise StudyError(f"study database {without_password(url)}: {_EXPECTED}")
@@ -65,13 +74,30 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         finally:
             connection.close()
         options = {"connect_args": {"timeout": 60, "factory": _Durable}}
-        return _closed_at_its_end(optuna.storages.RDBStorage(url, engine_kwargs=options))
+        return _opened(optuna.storages.RDBStorage(url, engine_kwargs=options), url)
 
 
-def _closed_at_its_end(storage: optuna.storages.RDBStorage) -> optuna.storages.RDBStorage:
+def _opened(storage: optuna.storages.RDBStorage, url: str) -> optuna.storages.RDBStorage:
     """The storage, whose idle connections are closed when nobody uses it any more: Optuna leaves them open."""
     weakref.finalize(storage, storage.engine.dispose)
+
+    def tell_outage(context: ExceptionContext) -> None:
+        # A class that is not SQLAlchemy's: of those Optuna makes a new trial again, also where one was made.
+        if not context.is_pre_ping and _is_outage(context):
+            reason = without_password(" ".join(str(context.original_exception).split()))
+            raise DatabaseAwayError(f"study database {without_password(url)} is away ({reason})")
+
+    event.listen(storage.engine, "handle_error", tell_outage)
     return storage
+
+
+def _is_outage(context: ExceptionContext) -> bool:
+    """Whether an error passes with time."""
+    original = context.original_exception
+    if isinstance(original, sqlite3.Error):
+        return getattr(original, "sqlite_errorcode", 0) & 0xFF in _SQLITE_HELD
+    is_operational = isinstance(context.sqlalchemy_exception, OperationalError)
+    return context.is_disconnect or is_operational or getattr(original, "sqlstate", None) == _READ_ONLY
 
 
 class _Durable(sqlite3.Connection):

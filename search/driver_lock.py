@@ -1,78 +1,58 @@
 """The right to drive a study: beside an SQLite database a locked file, in PostgreSQL an advisory lock.
 
-Both end with their process, however it dies. The advisory lock belongs to a session of its own, idle but for the
-checks of `still_held`. Should the driver's host be lost with no word, the server's keepalives end that session within
-half a minute. The session has to reach the server itself: a proxy that shares sessions among clients would share the
-lock, so `still_held` looks for it in the server's own table.
+Both end with their process, however it dies.
 """
 
-import hashlib
-import os
-import socket
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sqlalchemy import Connection, create_engine, text
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.pool import NullPool
+from optuna.storages import BaseStorage, RDBStorage
 
-from search.database import (
-    POSTGRES_CONNECTION,
-    is_postgres,
-    one_line_errors,
-    postgres_url,
-    sqlite_file,
-    without_password,
-)
-from search.locks import LockedError, exclusive
-
-# A holder that just died may be in the server's table of locks and no more in its table of sessions, or the reverse.
-_ATTEMPTS, _PAUSE_S = 5, 0.05
-_NAME_BYTES = 63  # of an application_name; the server cuts off what is longer
-
-_IS_MINE = """
-    SELECT count(*) FROM pg_locks
-    WHERE locktype = 'advisory' AND granted AND pid = pg_backend_pid() AND classid = :high AND objid = :low
-"""
-_HOLDER = """
-    SELECT a.application_name, host(a.client_addr), to_char(a.backend_start AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS')
-    FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-    WHERE l.locktype = 'advisory' AND l.granted AND l.classid = :high AND l.objid = :low AND l.objsubid = 1
-      AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
-# The server watches this connection as closely as the client does, and never ends it for being idle. Settings that
-# an older server lacks are left out.
-_SETTINGS = """
-    SELECT set_config(name, value, false) FROM pg_settings JOIN (VALUES ('tcp_keepalives_idle', '10'),
-        ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'), ('idle_session_timeout', '0')
-    ) AS wanted (name, value) USING (name)
-"""
+from search.advisory_lock import AdvisoryLock
+from search.database import is_postgres, one_line_errors, sqlite_file
+from search.locks import exclusive
+from search.patience import PATIENCE, Patience, interruptible
 
 
 class Held(Protocol):
     """A lock that this process took."""
 
     def still_held(self) -> bool:
-        """Whether nobody else can have it; once False, for ever False."""
+        """Whether nobody else can have had it since; once False, for ever False."""
 
 
 @dataclass(frozen=True)
 class DriverLock:
-    """All locks of a driver together."""
+    """All locks of a driver together; of none: a study that has one writer anyway, such as one in memory."""
 
-    parts: Sequence[Held]
+    parts: Sequence[Held] = ()
 
     def still_held(self) -> bool:
         """Whether this is still the study's only driver: to be asked before what it learned is written.
 
-        Costs a look at a file's inode and, with PostgreSQL, one query. False for ever once a part was lost: a server
-        that was restarted has freed the lock, and another driver may have it.
+        Costs a look at a file's inode and, with PostgreSQL, one query. While neither can be looked at, this waits.
+        False for ever once another driver may have had a part.
         """
         return all(part.still_held() for part in self.parts)
+
+    def regained(self) -> bool:
+        """As `still_held`, for a driver whose connection broke: what it asked for then is done, or will never be."""
+        advisory = (part.regained() for part in self.parts if isinstance(part, AdvisoryLock))
+        return self.still_held() and all(advisory)
+
+    @property
+    def mark(self) -> str | None:
+        """What tells this driver from others in a study's attribute DRIVER; None: it need not be told."""
+        return next((part.mark for part in self.parts if isinstance(part, AdvisoryLock)), None)
+
+    def guard(self, storage: BaseStorage) -> None:
+        """Let nothing be committed to the study's storage without the lock in its database."""
+        for part in self.parts:
+            if isinstance(part, AdvisoryLock) and isinstance(storage, RDBStorage):
+                part.guard(storage.engine)
 
 
 @contextmanager
@@ -85,14 +65,18 @@ def study_lock(url: str, study: str) -> Iterator[Held]:
     """
     database = sqlite_file(url)
     if is_postgres(url):
-        with _advisory(url, study) as advisory:
+        with one_line_errors(url):
+            advisory = AdvisoryLock(url, study)
+        try:
             yield advisory
+        finally:
+            advisory.release()
     elif database is not None:
         place = database.resolve()  # one file may have several names
         with file_lock(place.with_name(f"{place.name}.{study}.lock")) as locked:
             yield locked
     else:
-        yield DriverLock(())  # no database: to open it says so
+        yield DriverLock()  # no database: to open it says so
 
 
 @contextmanager
@@ -110,75 +94,28 @@ def file_lock(path: Path) -> Iterator[Held]:
 class _FileLock:
     path: Path
     inode: tuple[int, int] | None
+    patience: Patience = PATIENCE
 
     def still_held(self) -> bool:
         """A deleted file stays locked, but another driver would make and lock a new one."""
-        return _inode(self.path) == self.inode
+        try:
+            return _inode(self.path) == self.inode
+        except OSError:  # a network file system that does not answer keeps its locks
+            return self._found_again()
+
+    def _found_again(self) -> bool:
+        with interruptible():
+            for _ in self.patience.attempts():
+                try:
+                    return _inode(self.path) == self.inode
+                except OSError:
+                    continue
+        return False
 
 
 def _inode(path: Path) -> tuple[int, int] | None:
     try:
         status = path.stat()
-    except OSError:
+    except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
-
-
-class _AdvisoryLock:
-    def __init__(self, connection: Connection, halves: dict[str, int]) -> None:
-        self._connection = connection
-        self._halves = halves
-        self._lost = False
-
-    def still_held(self) -> bool:
-        if not self._lost:
-            try:
-                self._lost = self._connection.execute(text(_IS_MINE), self._halves).scalar_one() == 0
-            except SQLAlchemyError:
-                self._lost = True  # the session is gone, and the lock with it
-        return not self._lost
-
-
-@contextmanager
-def _advisory(url: str, study: str) -> Iterator[Held]:
-    number = lock_number(study)
-    halves = {"high": (number >> 32) & 0xFFFFFFFF, "low": number & 0xFFFFFFFF}
-    name = f"search pid {os.getpid()} on {socket.gethostname()}".encode()[:_NAME_BYTES].decode(errors="ignore")
-    with one_line_errors(url):
-        engine = create_engine(
-            postgres_url(url),
-            poolclass=NullPool,
-            isolation_level="AUTOCOMMIT",  # a session in a transaction would hold back the server's clean-up
-            connect_args={**POSTGRES_CONNECTION, "application_name": name},
-        )
-        connection = engine.connect()
-    try:
-        with one_line_errors(url):
-            connection.execute(text(_SETTINGS))
-            _take(connection, number, halves, f"study {study} in {without_password(url)}")
-        yield _AdvisoryLock(connection, halves)
-    finally:
-        connection.invalidate()  # ends the session, and the lock with it, whatever state it is in
-        connection.close()
-        engine.dispose()
-
-
-def lock_number(study: str) -> int:
-    """The signed 64-bit number under which PostgreSQL knows the lock of a study."""
-    digest = hashlib.sha256(f"ccdist-search driver {study}".encode()).digest()
-    return int.from_bytes(digest[:8], signed=True)
-
-
-def _take(connection: Connection, number: int, halves: dict[str, int], what: str) -> None:
-    for _ in range(_ATTEMPTS):
-        if connection.execute(text("SELECT pg_try_advisory_lock(:number)"), {"number": number}).scalar_one():
-            return
-        holder = connection.execute(text(_HOLDER), halves).first()
-        if holder is not None:
-            name, address, since = holder
-            raise LockedError(
-                f"{what} is held by {name or 'another session'}{f' ({address})' if address else ''}"
-                f"{f' since {since} UTC' if since else ''}: that search still runs; wait for it, or stop it first"
-            )
-        time.sleep(_PAUSE_S)
-    raise LockedError(f"{what} is held by another session: that search still runs; wait for it, or stop it first")

@@ -12,6 +12,7 @@ import torch
 
 from ccdist import atomic_files
 from ccdist.atomic_files import write_table
+from ccdist.device_memory import is_out_of_memory as lacks_memory
 from ccdist.training import NonFiniteLossError
 from search import run_names
 from search.places import TrialPlaces, discard, load_result, save_result
@@ -83,9 +84,20 @@ def conclude_training_stopped(places: TrialPlaces, reason: str) -> None:
     discard(places)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a trial that is run again with more memory may succeed."""
+    return isinstance(error, Exception) and not isinstance(error, NonFiniteLossError) and lacks_memory(error)
+
+
+def is_of_gpu(error: BaseException) -> bool:
+    """Whether it is a GPU's memory that was too little, and not the host's."""
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "CUDA" in told or "_STATUS_ALLOC_FAILED" in told
+
+
 def failure_reason(error: BaseException) -> str:
     """One line for the study: what kind of failure, and its text."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         kind = "out of memory"
     elif isinstance(error, NonFiniteLossError):
         kind = "not finite"

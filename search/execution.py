@@ -5,6 +5,7 @@ Apart from `search.run` because importing Ray takes seconds that a finished stud
 
 import gc
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,15 +21,20 @@ from search.asking import Asker
 from search.bookkeeping import close_study, tracked, where_to_look
 from search.budget import Budget
 from search.cluster import Cluster, connected
-from search.config import SearchConfig
+from search.config import ResourcesConfig, SearchConfig
 from search.driver_lock import DriverLock
 from search.front_log import FrontLog
 from search.listeners import Listeners
+from search.local_ray import keys_stay_here
+from search.nodes import Leaving, Roomiest
 from search.progress import Progress
+from search.ray_deaths import watched
+from search.reach import check_nodes
 from search.records import StudyRecord
 from search.redrawing import Redrawing
 from search.scheduler import StudyScheduler
 from search.searcher import StudySearcher
+from search.shares import Share
 from search.space import Space
 from search.storage import Storage
 from search.study import Assignment, Study
@@ -36,12 +42,9 @@ from search.study_files import draw
 from search.teachers import TeacherStore, teacher_key
 from search.trial_files import TrialFiles
 from search.waiting import TeacherQueue
-from search.worker import SharedDataset, trainable
+from search.worker import SharedDataset, share_of, trainable
 from tracking.journal import STUDY_JOURNAL
 from tracking.tracker import Status
-
-# Nodes and workers die for reasons that are not the trial's; a trial that kills its worker does it again.
-WORKER_DEATHS = 3
 
 
 @dataclass(frozen=True)
@@ -64,29 +67,37 @@ def execute(
     *,
     study_type: type[Study] = Study,
     close: Callable[[StudyRecord, Storage, Status], None] | None = None,
+    address: str | None = None,
 ) -> Outcome:
     """Run trials until the study is complete, gives up, or Ctrl-C.
 
     Args:
-        lock: this driver's; should it be lost, the search ends.
+        lock: this driver's; should another driver have had it, the search ends.
         study_type: decides which trials are asked for.
         close: writes what the study leaves behind, and its last word; None: as for a search.
+        address: of the cluster, as in search.addresses; None: RAY_ADDRESS, or this machine.
 
     Raises:
         UserError: the cluster or the stored study does not fit; nothing was started.
     """
     shared = SharedDataset.of(dataset)
-    with connected(config.resources, shared.num_bytes) as cluster:
-        study = study_type.open(config, space, storage.study_url, dataset.fingerprint)
+    tell = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    with connected(config.resources, shared.num_bytes, address, tell) as cluster:
+        if cluster.is_shared:
+            check_nodes(storage.workers_artifacts)
+        study = study_type.open(config, space, storage.study_url, dataset.fingerprint, lock)
         storage.claim(config.study_name, study.identifier)
         before = study.record()
         console.print(
             f"study {before.name}: {config.data.name}, threat {config.threat}, {len(before.done)} of "
-            f"{config.budget.trials} trials done, {cluster.slots} at once on {cluster.description}",
+            f"{config.budget.trials} trials done, {cluster.slots()} at once on {cluster.description}",
             highlight=False,
             soft_wrap=True,
         )
-        with tracked(config, storage, live_keys={trial.key for trial in before.unfinished}) as tracker:
+        with (
+            tracked(config, storage, live_keys={trial.key for trial in before.unfinished}) as tracker,
+            storage.following(config.study_name),
+        ):
             try:
                 searcher = _fit(study, storage, cluster, shared, console, before, dataset.fingerprint, lock)
             except BaseException:
@@ -108,6 +119,7 @@ def _close(
 ) -> None:
     """Nothing is said of a study whose lock was lost: its unfinished trials may run under another driver now."""
     if lock.still_held():
+        storage.pull_trials(record.name)
         (close or close_study)(record, storage, status)
 
 
@@ -122,67 +134,94 @@ def _fit(
     lock: DriverLock,
 ) -> StudySearcher:
     """Run Ray Tune until the searcher has nothing more to suggest, or Ctrl-C."""
-    config = study.config
+    with watched() as errors, tempfile.TemporaryDirectory(prefix="ccdist-tune-") as scratch:
+        progress, front_log = _shown(study, storage, console, before), _front_log(study, storage, lock)
+        scheduler = StudyScheduler(study, cause=errors.cause, leave=Leaving())
+        searcher = StudySearcher(
+            study,
+            Budget(study.config.budget, study.config.resources, study.trials),
+            cluster.slots,
+            TrialFiles(storage.artifacts, study.config.study_name, storage.mirror(study.config.study_name)),
+            Listeners([progress, front_log]),
+            scheduler,
+            Asker.of(study.config.search.sampler.kind),
+            TeacherQueue(partial(_teacher_of, study, fingerprint), TeacherStore.of(storage.teachers)),
+            lock.still_held,
+            Roomiest(study.config.resources),
+        )
+        tuner = _tuner(study.config, storage, shared, searcher, scheduler, scratch)
+        with progress, front_log, _quick_collections():
+            tuner.fit()
+    if scheduler.error is not None:
+        console.print(f"warning: {scheduler.error}", highlight=False, markup=False, soft_wrap=True)
+    return searcher
+
+
+def _shown(study: Study, storage: Storage, console: Console, before: StudyRecord) -> Progress:
+    """The live table."""
     results = {trial.key: trial.objectives for trial in before.complete if trial.objectives is not None}
-    num_stopped = len(before.done) - len(before.complete)
-    # Of a confirmation's trials none is on a front: their means are.
-    progress = Progress(
+    return Progress(
         console,
-        config.budget.trials,
+        study.config.budget.trials,
         before.reference,
         results,
-        num_stopped=num_stopped,
-        shows_front=config.kind == "study",
+        num_stopped=len(before.done) - len(before.complete),
+        # Of a confirmation's trials none is on a front: their means are.
+        shows_front=study.config.kind == "study",
     )
-    journal = storage.journals(config.study_name) / STUDY_JOURNAL
+
+
+def _front_log(study: Study, storage: Storage, lock: DriverLock) -> FrontLog:
+    """What MLflow is told while the search goes on."""
+    journal = storage.journals(study.config.study_name) / STUDY_JOURNAL
     redrawing = Redrawing(lambda record: draw(record, storage.study_folder(record.name)))
-    front_log = FrontLog(journal, study, redrawing, lock.still_held)
-    scheduler = StudyScheduler(study)
-    searcher = StudySearcher(
-        study,
-        Budget(config.budget, config.resources, study.trials),
-        cluster.slots,
-        TrialFiles(storage.artifacts, config.study_name),
-        Listeners([progress, front_log]),
-        scheduler,
-        Asker.of(config.search.sampler.kind),
-        TeacherQueue(partial(_teacher_of, study, fingerprint), TeacherStore.of(storage.teachers)),
-        lock.still_held,
-    )
-    # With a searcher of one's own Tune starts one worker after the other unless told otherwise.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(cluster.slots)
+    return FrontLog(journal, study, redrawing, lock.still_held)
+
+
+def _tuner(
+    config: SearchConfig,
+    storage: Storage,
+    shared: SharedDataset,
+    searcher: StudySearcher,
+    scheduler: StudyScheduler,
+    scratch: str,
+) -> tune.Tuner:
+    """Ray Tune around the searcher. Its own files are scratch: the study is the truth, and nothing is restored."""
+    # With a searcher of one's own Tune starts one worker after the other unless told otherwise. How many there are at
+    # once is the searcher's to say, since it changes while Tune runs.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(sys.maxsize)
+    keys_stay_here()
     bound = tune.with_parameters(
         trainable,
-        study=config.study_name,
-        artifacts=str(storage.artifacts),
+        workplace=storage.workplace(config.study_name),
         shared=shared,
         resources=config.resources,
         stopping=config.stopping,
         exports=config.tracking.enabled and config.tracking.models,
     )
-    with tempfile.TemporaryDirectory(prefix="ccdist-tune-") as scratch, progress, front_log, _quick_collections():
-        # Tune's own files are scratch: the study is the truth, and nothing is ever restored from them.
-        tuner = tune.Tuner(
-            tune.with_resources(bound, {"cpu": config.resources.cpu, "gpu": config.resources.gpu}),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=scheduler,
-                num_samples=-1,
-                reuse_actors=True,
-                trial_dirname_creator=_trial_dirname,
-            ),
-            run_config=tune.RunConfig(
-                name=config.study_name,
-                storage_path=scratch,
-                verbose=0,
-                # A worker that died is replaced and goes on from its trial's last epoch, before the trial fails.
-                failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS),
-            ),
-        )
-        tuner.fit()
-    if scheduler.error is not None:
-        console.print(f"warning: {scheduler.error}", highlight=False, markup=False, soft_wrap=True)
-    return searcher
+    return tune.Tuner(
+        tune.with_resources(bound, partial(_held, config.resources)),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,
+            reuse_actors=True,
+            trial_dirname_creator=_trial_dirname,
+        ),
+        run_config=tune.RunConfig(
+            name=config.study_name,
+            storage_path=scratch,
+            verbose=0,
+            # The searcher tries again, and keeps the account.
+            failure_config=tune.FailureConfig(max_failures=0),
+        ),
+    )
+
+
+def _held(resources: ResourcesConfig, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+    """What Ray keeps for the trial of a Tune configuration."""
+    share = share_of(config) if "trial" in config else None  # Tune asks without a trial, too
+    return tune.PlacementGroupFactory([(share or Share.of(resources)).bundle(resources.custom)])
 
 
 @contextmanager

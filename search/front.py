@@ -14,9 +14,17 @@ from rich.console import Console
 
 from search.config import load_search_config
 from search.errors import UserError
+from search.mirror import verdicts
 from search.records import StudyRecord
 from search.report import SHOWN_MEMBERS, front_json, front_table
-from search.storage import DEFAULT_STORAGE, Storage, StorageError, default_study_url
+from search.storage import (
+    DEFAULT_STORAGE,
+    Storage,
+    StorageError,
+    artifacts_of,
+    default_study_url,
+    stored_address,
+)
 from search.study import load_record
 
 OK, DIFFERENT, BAD_INPUT = 0, 1, 2
@@ -25,9 +33,14 @@ OK, DIFFERENT, BAD_INPUT = 0, 1, 2
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
+        if args.address:
+            from search.detached import front_there  # Ray takes seconds to import
+
+            return front_there(args)
         storage, name = _place(args)
         record = load_record(storage.study_url, name)
         if args.from_verdicts:
+            storage.pull(name, verdicts)
             return _from_verdicts(record, storage.artifacts, args)
         report = _written_report(record, storage.study_folder(name))
     except UserError as error:
@@ -87,8 +100,12 @@ def _place(args: argparse.Namespace) -> tuple[Storage, str]:
         folder, name = Path(args.storage or DEFAULT_STORAGE).resolve(), args.study
         storage = Storage(folder, default_study_url(folder), folder / "artifacts", None)
     study_url = args.study_url or storage.study_url
-    artifacts = Path(args.artifacts).resolve() if args.artifacts else storage.artifacts
-    return Storage(storage.folder, study_url, artifacts, storage.tracking_uri), name
+    artifacts, uri = storage.artifacts, storage.artifacts_uri
+    if args.artifacts:
+        artifacts, uri = artifacts_of(args.artifacts, storage.folder)
+    elif uri is None and not args.storage:
+        uri = stored_address(study_url, name)
+    return Storage(storage.folder, study_url, artifacts, storage.tracking_uri, uri), name
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +113,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("study", metavar="STUDY", help="the study's name, as search.run prints it, or its space file")
     parser.add_argument("--storage", metavar="DIR", help=f"the search's storage folder (default: {DEFAULT_STORAGE})")
     parser.add_argument("--study-url", metavar="URL", help="the study's database, when it is not in that folder")
-    parser.add_argument("--artifacts", metavar="DIR", help="the artefacts, when they are not in that folder")
+    parser.add_argument("--artifacts", metavar="PLACE", help="folder or address of the artefacts, if not there")
+    parser.add_argument(
+        "--address",
+        metavar="ADDRESS",
+        help="read the study on the head of that Ray cluster (http://HEAD:8265, or auto); paths are then the head's",
+    )
     parser.add_argument("--json", action="store_true", help="print the front and all trials as JSON")
     parser.add_argument(
         "--all", action="store_true", help=f"list the whole front, also when it has more than {SHOWN_MEMBERS} members"

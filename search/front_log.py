@@ -70,6 +70,9 @@ class FrontLog:
     def started(self, key: str) -> None:
         self._safely(self._poll)
 
+    def lost(self, key: str, reason: str) -> None:
+        self._safely(self._poll)
+
     def advanced(self, key: str, phase: str, done: int, of: int) -> None:
         self._safely(self._poll)
 

@@ -21,7 +21,7 @@ machines' clocks are compared. A holder that was only asleep finds its claim gon
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from urllib.parse import quote, unquote
@@ -109,6 +109,10 @@ class Lease:
 
     def beat(self) -> None:
         """Show life, or find out that the lease is lost."""
+        with remote_files.impatient():  # the next one is due soon
+            self._beat()
+
+    def _beat(self) -> None:
         self._lost = self._lost or not self._place.is_claimed(self._claim)
         if not self._lost:
             self._beats += 1
@@ -122,7 +126,8 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._running.close()
-        self._place.delete(self._claim)
+        with suppress(remote_files.UnreachableError), remote_files.impatient():  # it ends by itself
+            self._place.delete(self._claim)
 
 
 class Leases:

@@ -16,6 +16,10 @@ class Listeners:
         for listener in self._each:
             listener.started(key)
 
+    def lost(self, key: str, reason: str) -> None:
+        for listener in self._each:
+            listener.lost(key, reason)
+
     def advanced(self, key: str, phase: str, done: int, of: int) -> None:
         for listener in self._each:
             listener.advanced(key, phase, done, of)

@@ -19,12 +19,12 @@ class TrialPlaces:
 
     folder: Path
     journal: Path
-    teachers: Path
+    teachers: Path | str  # a folder, or its address in an object store
 
     @classmethod
-    def of(cls, artifacts: Path, study: str, key: str) -> "TrialPlaces":
+    def of(cls, artifacts: Path, study: str, key: str, teachers: Path | str | None = None) -> "TrialPlaces":
         root = artifacts / study
-        return cls(root / "trials" / key, root / "journal" / f"{key}.jsonl", artifacts / "teachers")
+        return cls(root / "trials" / key, root / "journal" / f"{key}.jsonl", teachers or artifacts / "teachers")
 
     @property
     def lock(self) -> Path:

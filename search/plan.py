@@ -3,27 +3,24 @@
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from rich.console import Console
 
-from ccdist.data import Dataset, ImageSet, num_batches, to_pixels
-from ccdist.networks import Network
-from ccdist.recipe import Recipe
-from ccdist.training import train_student, train_teacher
+from ccdist.data import Dataset, num_batches, to_pixels
 from ccdist.verification import verify
 from search.budget import SECONDS_PER_HOUR, accelerator_hours
 from search.config import ResourcesConfig, SearchConfig
+from search.probe import PROBE_BATCHES, searches_teacher, timed_student, timed_teacher, training_part, typical
 from search.records import StudyRecord
 from search.space import Space
 from search.storage import Storage
 
-# Batches of an epoch that is measured, and images of a verification: a few seconds on a laptop.
-PROBE_BATCHES, PROBE_IMAGES = 3, 32
+# Images of a verification that is measured.
+PROBE_IMAGES = 32
 BYTES_PER_WEIGHT = 4
 # Adam keeps two numbers for each weight beside the weight itself and its copy in the student's folder.
 STATE_COPIES = 3
@@ -49,26 +46,26 @@ class TrialCost:
 
 def measured_cost(config: SearchConfig, space: Space, dataset: Dataset, record: StudyRecord | None) -> TrialCost:
     """What a trial costs: the mean of the study's finished ones, else a few batches of the first point, timed here."""
-    recipe = space.recipe(_typical(space), 0)
+    recipe = space.recipe(typical(space), 0)
     torch.set_num_threads(max(1, int(config.resources.cpu)))  # as a trial has
     device = torch.device("cuda" if config.resources.gpu and torch.cuda.is_available() else "cpu")
-    part = _part(dataset, recipe)
-    seconds, network = _timed_students(part, recipe, device)
+    part = training_part(dataset, recipe)
+    teacher_step, teacher = timed_teacher(part, recipe, device) if recipe.needs_teacher else (0.0, None)
+    seconds, network = timed_student(part, recipe, teacher, device)
     weights = sum(parameter.numel() for parameter in network.parameters())
     finished = _finished_costs(record)
     if finished:
         means = {part: sum(costs.get(part, 0.0) for costs in finished) / len(finished) for part in COSTS}
-        teacher = max(costs.get("teacher", 0.0) for costs in finished)
+        dearest = max(costs.get("teacher", 0.0) for costs in finished)
         source = f"the study's {len(finished)} finished trials"
-        return TrialCost(teacher, means["student"], means["verification"], weights, source)
+        return TrialCost(dearest, means["student"], means["verification"], weights, source)
     batches = num_batches(len(dataset.train), recipe.student.batch_size)
     images = to_pixels(dataset.validation.images[:PROBE_IMAGES]).to(device)
     started = time.perf_counter()
     verify(network, images, dataset.validation.labels[:PROBE_IMAGES], recipe.verification)
     verification = (time.perf_counter() - started) / len(images) * len(dataset.validation)
-    teacher = _timed_teacher(part, recipe, device) if recipe.needs_teacher else 0.0
     return TrialCost(
-        teacher * num_batches(len(dataset.train), recipe.teacher.batch_size) * recipe.teacher.epochs,
+        teacher_step * num_batches(len(dataset.train), recipe.teacher.batch_size) * recipe.teacher.epochs,
         seconds * batches * recipe.student.epochs,
         verification,
         weights,
@@ -164,47 +161,7 @@ def _finished_costs(record: StudyRecord | None) -> list[dict[str, float]]:
 
 def _num_teachers(space: Space, trials: int) -> int:
     """One, unless something that a teacher depends on is searched."""
-    searched = any(parameter.path[0] in ("teacher", "network") for parameter in space.parameters.values())
-    return trials if searched else min(trials, 1)
-
-
-def _typical(space: Space) -> dict[str, Any]:
-    """The first point that says enough for a trial, else a corner."""
-    points = [point for point in space.points() if point]
-    corners = list(space.corners())
-    return {**corners[0], **points[0]} if points and set(corners[0]) <= set(points[0]) else corners[0]
-
-
-def _part(dataset: Dataset, recipe: Recipe) -> Dataset:
-    count = min(len(dataset.train), PROBE_BATCHES * max(recipe.student.batch_size, recipe.teacher.batch_size))
-    return replace(dataset, train=ImageSet(dataset.train.images[:count], dataset.train.labels[:count]))
-
-
-def _timed_students(part: Dataset, recipe: Recipe, device: torch.device) -> tuple[float, Network]:
-    """Seconds of a batch at the target epsilon, and a network as the search would train them."""
-    schedule = recipe.student.epsilon_schedule.model_copy(update={"warm_up": 0.0, "ramp": 0.0})
-    config = recipe.student.model_copy(update={"epochs": 2, "epsilon_schedule": schedule})
-    teacher = None
-    if recipe.needs_teacher:
-        short = recipe.teacher.model_copy(update={"epochs": 1})
-        teacher = train_teacher(part, recipe.threat, short, device=device).network
-    epochs: list[float] = []
-    result = train_student(
-        part, recipe.threat, config, teacher, device=device, on_epoch=lambda report: epochs.append(report.seconds)
-    )
-    return _per_batch(epochs, part, config.batch_size), result.network
-
-
-def _timed_teacher(part: Dataset, recipe: Recipe, device: torch.device) -> float:
-    epochs: list[float] = []
-    config = recipe.teacher.model_copy(update={"epochs": 2})
-    train_teacher(part, recipe.threat, config, device=device, on_epoch=lambda report: epochs.append(report.seconds))
-    return _per_batch(epochs, part, config.batch_size)
-
-
-def _per_batch(epochs: Sequence[float], part: Dataset, batch_size: int) -> float:
-    """Of the last epoch: the first one pays for warming up."""
-    return epochs[-1] / num_batches(len(part.train), batch_size)
+    return trials if searches_teacher(space) else min(trials, 1)
 
 
 def _range(distribution: BaseDistribution) -> str:

@@ -54,6 +54,11 @@ class Progress:
     def started(self, key: str) -> None:
         self.running[key] = _Running()
 
+    def lost(self, key: str, reason: str) -> None:
+        self.running.pop(key, None)
+        line = f"{key}  {reason}: it goes on from its last state"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     def advanced(self, key: str, phase: str, done: int, of: int) -> None:
         trial = self.running.setdefault(key, _Running())
         trial.phase, trial.done, trial.of = phase, done, of

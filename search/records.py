@@ -69,6 +69,17 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
+class Death:
+    """An attempt of a trial that ended without a result, and what it had done since it last stored its state."""
+
+    reason: str  # one of `search.deaths`
+    node: str  # host name; empty: not known
+    at: str  # ISO 8601, UTC: when the driver heard of it
+    attempt: int  # the first one is 1
+    lost_seconds: float
+
+
+@dataclass(frozen=True)
 class TrialRecord:
     """One trial of a study, in whatever state it is. Results are None unless the trial is COMPLETE."""
 
@@ -90,6 +101,10 @@ class TrialRecord:
     finished_at: float | None = None  # Unix time
     reason: str | None = None  # why a trial FAILED or was STOPPED, or why its verification was
     rungs: dict[str, RungValues] = field(default_factory=dict)  # by the rung's name, in the order they were reached
+    deaths: tuple[Death, ...] = ()  # in their order
+    attempt: int = 1  # number of the run that is on, or comes next: another one after each death and each lost driver
+    # Its GPUs (without GPUs: its cores), where it holds more than the space file says; see `search.shares`.
+    accelerators: float | None = None
 
     @property
     def objectives(self) -> tuple[float, float] | None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from search.configurations import Configuration, Front, configurations, study_front
+from search.deaths import account
 from search.pareto import hypervolume
 from search.records import OBJECTIVES, StudyRecord, TrialRecord
 from search.report_text import (
@@ -127,6 +128,7 @@ def front_table(study: StudyRecord, most: int | None = SHOWN_MEMBERS) -> FrontTa
     stopped = stopped_summary(study)
     firsts = [member.trials[0] for member in members]
     notes = [*filter(None, [left_out]), *doubts(found), *([f"{stopped}."] if stopped else []), setting(found)]
+    notes += [f"{lost}." for lost in [account(study)] if lost]
     return FrontTable(
         heading=f"{study.name}: {front_summary(found)}\n{hypervolume_summary(found)}",
         key=_Column("trial", [keys_text(found, member) for member in members], is_numeric=False),
@@ -188,6 +190,7 @@ def _trial_json(trial: TrialRecord) -> dict[str, Any]:
         "seed": trial.seed,
         "verification_state": trial.verification_state,
         "reason": trial.reason,
+        "deaths": [asdict(death) for death in trial.deaths],
         "rungs": {name: asdict(values) for name, values in trial.rungs.items()},
     }
 

@@ -6,9 +6,11 @@ failing; 130 stopped by Ctrl-C.
 
 import argparse
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -27,6 +29,12 @@ from search.storage import DEFAULT_STORAGE, Storage
 from search.study import stored_record
 
 OK, BAD_INPUT, FAILING, INTERRUPTED = 0, 2, 3, 130
+# Holds what to type to go on with a search that another command has handed over.
+GO_ON = "CCDIST_GO_ON"
+ADDRESS_HELP = (
+    "the Ray cluster: auto (the one that ray start left running here), HOST:PORT of its head, or local (a new one); "
+    "default: RAY_ADDRESS, else auto or local"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,11 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a server that is away is nothing to tell: rows wait for it
     settings = args.set if args.trials is None else [*args.set, f"budget.trials={args.trials}"]
     try:
-        config = load_search_config(find_space_file(args.space), settings)
-        space, storage = Space(config), Storage.of(config, args.storage)
+        file = find_space_file(args.space)
+        config = load_search_config(file, settings)
+        space = Space(config)
+        if args.detach:
+            return _detach(config, file, args)
+        storage = Storage.of(config, args.storage)
         if args.dry_run:
             return _show_plan(config, space, storage, Console())
-        return run(config, space, storage, Console(), command=_command(args))
+        return run(config, space, storage, Console(), command=_command(args), address=args.address)
     except (UserError, CorruptCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -48,11 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def run(config: SearchConfig, space: Space, storage: Storage, console: Console, *, command: str) -> int:
+def run(
+    config: SearchConfig,
+    space: Space,
+    storage: Storage,
+    console: Console,
+    *,
+    command: str,
+    address: str | None = None,
+) -> int:
     """Bring the study to its number of trials.
 
     Args:
         command: what to type to go on, if this is stopped.
+        address: of the Ray cluster, as in search.addresses.
 
     Returns:
         The exit code.
@@ -70,7 +91,7 @@ def run(config: SearchConfig, space: Space, storage: Storage, console: Console, 
         dataset = _load(config)
         from search.execution import execute  # takes seconds, see there
 
-        outcome = execute(config, space, storage, dataset, console, lock)
+        outcome = execute(config, space, storage, dataset, console, lock, address=address)
     record = outcome.record
     _show(record, storage, console)
     if outcome.where is not None:
@@ -121,13 +142,26 @@ def _show(record: StudyRecord, storage: Storage, console: Console) -> None:
     console.print(f"report: {storage.study_folder(record.name) / 'report.html'}", soft_wrap=True, highlight=False)
 
 
+def _detach(config: SearchConfig, file: Path, args: argparse.Namespace) -> int:
+    """--detach."""
+    from search.detached import detach  # Ray takes seconds to import
+
+    detach(config, file, _options(args), {GO_ON: f"{_command(args)} --detach"}, args.address)
+    return OK
+
+
 def _command(args: argparse.Namespace) -> str:
-    words = ["python", "-m", "search.run", args.space]
-    words += ["--storage", args.storage] if args.storage else []
+    """What to type to go on."""
+    address = ["--address", args.address] if args.address else []
+    words = ["python", "-m", "search.run", args.space, *map(without_password, _options(args)), *address]
+    return os.environ.get(GO_ON) or shlex.join(words)
+
+
+def _options(args: argparse.Namespace) -> list[str]:
+    """What was asked for, but for where it runs."""
+    words = ["--storage", args.storage] if args.storage else []
     words += ["--trials", str(args.trials)] if args.trials is not None else []
-    for setting in args.set:
-        words += ["--set", without_password(setting)]
-    return shlex.join(words)
+    return words + [word for setting in args.set for word in ("--set", setting)]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,7 +182,15 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="change a value of the space file, for example --set student.epochs=10",
     )
-    parser.add_argument(
+    parser.add_argument("--address", metavar="ADDRESS", help=ADDRESS_HELP)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--detach",
+        action="store_true",
+        help="hand the search over to the head of the cluster (--address http://HEAD:8265 or auto) and return; paths "
+        "are then the head's, relative ones in the home folder there",
+    )
+    how.add_argument(
         "--dry-run", action="store_true", help="print the plan with its hours and disk space; start and write nothing"
     )
     return parser

@@ -22,6 +22,7 @@ CONFIGURATION: Final = "cert.configuration"
 REFERENCE: Final = "cert.reference"
 SPACE: Final = "cert.space"
 SAMPLER: Final = "cert.sampler"
+DEATHS: Final = "cert.deaths"  # what became of attempts that ended without a result
 MODEL_FAILURE: Final = "cert.model_failure"  # why a trial has no logged model
 
 # ---- Artifacts -----------------------------------------------------------------------------------------------------
@@ -39,11 +40,12 @@ HYPERVOLUME, HYPERVOLUME_UPPER = "hypervolume", "hypervolume_upper"
 ENDS: tuple[TrialState, ...] = ("COMPLETE", "STOPPED", "FAILED")  # each with a number of its own: num_complete, ...
 
 
-def start_tags(recipe: Recipe, configuration: str) -> dict[str, str]:
+def start_tags(recipe: Recipe, configuration: str, deaths: str = "") -> dict[str, str]:
     """What a trial is from its start on.
 
     Args:
         configuration: hash of its parameters; empty where it belongs to no study.
+        deaths: of its attempts before, in a line.
     """
     tags = {
         STATE: "RUNNING",
@@ -51,7 +53,7 @@ def start_tags(recipe: Recipe, configuration: str) -> dict[str, str]:
         SEED: str(recipe.student.seed),
         RECIPE: recipe.model_dump_json(exclude={"data": {"path"}}),
     }
-    return tags | ({CONFIGURATION: configuration} if configuration else {})
+    return tags | {name: value for name, value in ((CONFIGURATION, configuration), (DEATHS, deaths)) if value}
 
 
 def end_tags(state: Literal["COMPLETE", "STOPPED", "FAILED"], reason: str | None = None) -> dict[str, str]:

@@ -4,12 +4,13 @@ It decides from the study alone, so one that is made anew after a restart goes o
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from search.config import SearchConfig
+from search.deaths import Cause
 from search.records import RungValues, TrialRecord, TrialResult
 from search.standings import Standings
 from search.stopping import judge_rung, judge_verification
@@ -33,8 +34,11 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
     Args:
         study: the truth; values at rungs are written to it before they are judged.
         margin: as for `search.stopping.judge_rung`; None: no trial is spared for what it may hope for.
+        cause: why the worker ended whose error Tune handles at the moment.
+        leave: ends a trial's worker if its node is about to go.
 
     Attributes:
+        causes: why a worker ended, by Tune's id of its trial; the searcher takes them out.
         stopped: why a trial was stopped at its last report, by its key; the searcher tells the study.
         is_halted: every trial is stopped at its next report, without being judged the worse for it.
         error: the last failure to judge or to write, in one line; the trial went on.
@@ -43,9 +47,17 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
     # A stop must come between a report and the work after it, so reports are not to be collected.
     _supports_buffered_results = False
 
-    def __init__(self, study: JudgedStudy, *, margin: float | None = MARGIN) -> None:
+    def __init__(
+        self,
+        study: JudgedStudy,
+        *,
+        margin: float | None = MARGIN,
+        cause: Callable[[], Cause | None] = lambda: None,
+        leave: Callable[[Any], None] = lambda trial: None,
+    ) -> None:
         super().__init__()
-        self._study, self._margin = study, margin
+        self._study, self._margin, self._cause, self._leave = study, margin, cause, leave
+        self.causes: dict[str, Cause] = {}
         self._standings = Standings()
         self.stopped: dict[str, str] = {}
         self.is_halted = False
@@ -70,7 +82,22 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
                 self.stopped[key] = reason
                 return str(TrialScheduler.STOP)
             self.stopped.pop(key, None)  # of a trial that was stopped, then put back and started again
-        return str(TrialScheduler.STOP if self.is_halted else TrialScheduler.CONTINUE)
+        if self.is_halted:
+            return str(TrialScheduler.STOP)
+        if result.get("state") in ("RUNNING", "RUNG", "VERIFYING") and not result.get("done"):
+            self._let_leave(trial)
+        return str(TrialScheduler.CONTINUE)
+
+    def _let_leave(self, trial: Any) -> None:
+        try:
+            self._leave(trial)
+        except Exception as failure:  # it then ends with its node
+            self.error = f"nodes that are drained are not known ({type(failure).__name__}: {failure})"
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Keep why a worker ended: Tune tells the searcher next, without the reason."""
+        if (cause := self._cause()) is not None:
+            self.causes[trial.trial_id] = cause
 
     def _judge(self, key: str, result: dict[str, Any]) -> str | None:
         self._standings.update(self._study.trials())

@@ -14,8 +14,11 @@ from ray.tune.search import Searcher
 
 from search.asking import Asker
 from search.budget import Budget
+from search.deaths import Cause, is_of_surroundings
 from search.records import TrialResult
 from search.resumption import resumption
+from search.retries import Retries
+from search.shares import Node
 from search.study import Assignment, Study
 from search.waiting import TeacherQueue
 from search.worker import Suggestion
@@ -33,6 +36,7 @@ class Listener(Protocol):
     """Who wants to know how trials fare."""
 
     def started(self, key: str) -> None: ...
+    def lost(self, key: str, reason: str) -> None: ...
     def advanced(self, key: str, phase: str, done: int, of: int) -> None: ...
     def finished(self, key: str, result: TrialResult) -> None: ...
     def stopped(self, key: str, reason: str) -> None: ...
@@ -43,6 +47,7 @@ class Files(Protocol):
     """What trials leave behind, and the ends that a worker could not write itself."""
 
     def result(self, key: str) -> TrialResult | None: ...
+    def stored_at(self, key: str, teacher: str | None) -> float | None: ...
     def end_stopped_verification(self, key: str, result: TrialResult) -> None: ...
     def end_stopped_training(self, key: str, reason: str) -> None: ...
     def end_failed(self, key: str, reason: str, *, silent: bool) -> None: ...
@@ -52,6 +57,7 @@ class Stopper(Protocol):
     """The scheduler as the searcher sees it."""
 
     stopped: dict[str, str]  # key -> why it was told to stop
+    causes: dict[str, Cause]  # Tune's id -> why its worker ended
     is_halted: bool
 
     def halt(self) -> None:
@@ -64,31 +70,34 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     Args:
         study: the truth; this object and the scheduler are the only ones that write it.
         budget: when to end.
-        slots: trials at once.
+        slots: trials at once, asked anew each time: a cluster's nodes come and go.
         files: the trials' folders and journals.
         listener: told of every start, step and end.
         scheduler: who stops trials; why each was stopped is read here when it ends.
         asker: who computes suggestions, in a thread where that is slow.
         teachers: who may start now, and who waits for another's teacher.
         is_only_driver: whether nobody else can be driving the study; asked before anything is written.
+        node: the roomiest node of the cluster.
     """
 
     def __init__(
         self,
         study: Study,
         budget: Budget,
-        slots: int,
+        slots: Callable[[], int],
         files: Files,
         listener: Listener,
         scheduler: Stopper,
         asker: Asker,
         teachers: TeacherQueue,
         is_only_driver: Callable[[], bool] = lambda: True,
+        node: Callable[[], Node] = lambda: Node(0.0, 1),
     ) -> None:
         super().__init__(metric=None, mode=None)
         self._study, self._budget, self._slots, self._files = study, budget, slots, files
         self._listener, self._scheduler, self._asker, self._teachers = listener, scheduler, asker, teachers
         self._is_only_driver = is_only_driver
+        self._retries = Retries(study, files, teachers.teacher_of, node)
         self._live: dict[str, Assignment] = {}
         self._resumed: dict[str, Assignment] = {}  # verifications that go on, by Tune trial id
         self._tried: set[int] = set()  # trials whose verification this command has resumed
@@ -106,7 +115,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         """
         try:
             self._look_at_the_budget()
-            if not self._has_ended and len(self._live) + len(self._resumed) < self._slots:
+            if not self._has_ended and self._retries.load() < self._slots():
                 started = self._start(trial_id)
                 if started is not None:
                     return started
@@ -133,15 +142,17 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             return None
         assignment = self._next()
         if assignment is not None:
+            config = self._config(assignment)
             self._live[trial_id] = assignment
             self._listener.started(assignment.key)
             if self._wanted() > 0:
                 self._asker.look_ahead(self._study)
-            return self._config(assignment)
+            return config
         if self._study.num_done() >= self._budget.target and (resumed := self._next_resumption()) is not None:
+            config = self._config(resumed, resume=True)
             self._resumed[trial_id] = resumed
             self._listener.started(resumed.key)
-            return self._config(resumed, resume=True)
+            return config
         return None
 
     def _wanted(self) -> int:
@@ -157,7 +168,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _next(self) -> Assignment | None:
         """The next trial that can start now: cut off under an earlier driver, waiting, or new."""
-        while self._study.num_done() + len(self._live) < self._budget.target:
+        while self._study.num_done() + len(self._live) < self._budget.target and not self._keeps_room():
             assignment = self._adopted() or self._waiting() or self._new()
             if assignment is None:
                 return None
@@ -167,6 +178,16 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._teachers.ended(assignment)
             self._tell(assignment, stored)  # finished under an earlier driver, which did not live to tell
         return None
+
+    def _keeps_room(self) -> bool:
+        """Whether what is free is for a trial that needs more: small ones would take each place before it."""
+        if not self._retries.has_raised:
+            return False
+        return not all(map(self._has_room, (*self._unfinished, *self._study.waiting())))
+
+    def _has_room(self, number: int) -> bool:
+        load = self._retries.load()
+        return load == 0 or load + self._retries.places(number) <= self._slots() + 1e-9
 
     def _adopted(self) -> Assignment | None:
         for _ in range(len(self._unfinished)):
@@ -178,21 +199,29 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _waiting(self) -> Assignment | None:
         for number in self._study.waiting():
-            if self._teachers.may_start(self._study.adopt(number)):
+            if self._has_room(number) and self._teachers.may_start(self._study.adopt(number)):
                 return self._study.start(number)
         return None
 
     def _new(self) -> Assignment | None:
         """A new suggestion, once it is computed and its teacher is there; one that must wait is stored as waiting."""
-        if self._wanted() <= 0 or len(self._study.waiting()) + len(self._unfinished) >= self._slots:
+        if self._wanted() <= 0 or len(self._study.waiting()) + len(self._unfinished) >= self._slots():
             return None  # enough trials wait for teachers: more of them would start nothing
         number = self._asker.take(self._study)
         return self._waiting() if number is not None else None
 
     def _config(self, assignment: Assignment, *, resume: bool = False) -> dict[str, Any]:
         recipe = self._study.space.recipe(assignment.params, assignment.number)
+        attempt = self._retries.begin(assignment)
         suggestion = Suggestion(
-            assignment.key, assignment.params, recipe, resume=resume, configuration=assignment.configuration
+            assignment.key,
+            assignment.params,
+            recipe,
+            resume=resume,
+            configuration=assignment.configuration,
+            attempt=attempt.number,
+            share=attempt.share,
+            deaths=attempt.deaths,
         )
         return suggestion.to_config()
 
@@ -205,6 +234,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         while (number := resumption(self._study.trials(), reference, without=busy)) is not None:
             assignment = self._study.assignment(number)
             if not self._refined_from_files(assignment):
+                if not self._has_room(number):
+                    return None
                 self._tried.add(number)
                 return assignment
         return None
@@ -221,20 +252,24 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study. Tune swallows what is raised here, so a study that cannot be written ends the search."""
         assignment, resumed = self._live.pop(trial_id, None), self._resumed.pop(trial_id, None)
+        cause = self._scheduler.causes.pop(trial_id, None)
         try:
             if not self._may_write():  # what the trial left in its folder is told by the next driver
                 return
             if assignment is not None:
                 self._teachers.ended(assignment)
-                self._conclude(assignment, result or {})
+                self._conclude(assignment, result or {}, cause)
             elif resumed is not None:
-                self._conclude_resumption(resumed, result or {})
+                self._conclude_resumption(resumed, result or {}, cause)
         except Exception as failure:
             if assignment is not None:
                 self._unfinished.append(assignment.number)
             self._stop(f"the study could not be written ({_one_line(failure)}); nothing is lost")
+        finally:
+            if (ended := assignment or resumed) is not None:
+                self._retries.ended(ended)
 
-    def _conclude(self, assignment: Assignment, last: dict[str, Any]) -> None:
+    def _conclude(self, assignment: Assignment, last: dict[str, Any], cause: Cause | None) -> None:
         state, key = last.get("state"), assignment.key
         stopped = self._scheduler.stopped.pop(key, None)
         if state == "COMPLETE":
@@ -249,6 +284,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._pause(last["reason"])
         elif (stored := self._files.result(key)) is not None:
             self._tell(assignment, stored)
+        elif (cause := cause or _told_cause(last)) is not None:
+            self._died(assignment, cause, on_gpu=last.get("on_gpu", False))
         elif stopped is not None and state == "VERIFYING":
             result = TrialResult(**json.loads(last["result"]) | {"reason": stopped})
             self._files.end_stopped_verification(key, result)
@@ -258,9 +295,16 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         elif self._scheduler.is_halted:
             self._unfinished.append(assignment.number)  # cut off: it goes on when the search does
         else:
-            self._fail(
-                assignment, "worker died: its process ended without a report (killed, or out of memory)", silent=True
-            )
+            self._fail(assignment, "worker died: it ended without a report, and without an error", silent=True)
+
+    def _died(self, assignment: Assignment, cause: Cause, *, on_gpu: bool) -> None:
+        """Put the trial back, to go on from its last state; or it has failed, if that happened too often."""
+        reason = self._retries.died(assignment, cause, on_gpu=on_gpu)
+        if reason is None:
+            self._unfinished.append(assignment.number)
+            self._listener.lost(assignment.key, cause.reason)
+        else:
+            self._fail(assignment, reason, silent=True, repeats=not is_of_surroundings(cause.reason))
 
     def _stop_training(self, assignment: Assignment, last: dict[str, Any], reason: str) -> None:
         # Files first: should this driver die in between, the trial is still RUNNING and is judged again.
@@ -272,14 +316,16 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._reasons.clear()
         self._listener.stopped(assignment.key, reason)
 
-    def _conclude_resumption(self, assignment: Assignment, last: dict[str, Any]) -> None:
-        """A resumed verification that did not end well leaves the interval that was there."""
+    def _conclude_resumption(self, assignment: Assignment, last: dict[str, Any], cause: Cause | None) -> None:
+        """A resumed verification that did not end well leaves the interval that was there, and may be tried again."""
         if last.get("state") == "COMPLETE":
             self._refine(assignment, TrialResult(**json.loads(last["result"])))
         elif last.get("state") == "PAUSED":
             self._pause(last["reason"])
-        else:
-            self._refined_from_files(assignment)
+        elif not self._refined_from_files(assignment) and (cause := cause or _told_cause(last)) is not None:
+            if self._retries.died(assignment, cause, on_gpu=last.get("on_gpu", False)) is None:
+                self._tried.discard(assignment.number)
+            self._listener.lost(assignment.key, cause.reason)
 
     def _refined_from_files(self, assignment: Assignment) -> bool:
         """Tell the study of a resumed verification that ended before a driver or a worker died that did not tell it."""
@@ -305,11 +351,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._reasons.clear()
         self._listener.finished(assignment.key, result)
 
-    def _fail(self, assignment: Assignment, reason: str, *, silent: bool) -> None:
+    def _fail(self, assignment: Assignment, reason: str, *, silent: bool, repeats: bool = True) -> None:
+        """Tell that a trial failed; repeats: others may fail of the same, so that a row of them is no accident."""
         self._study.tell_failed(assignment.number, reason)
         self._files.end_failed(assignment.key, reason, silent=silent)
         # Steps, sizes and the weights of a loss differ, the reason does not.
-        self._reasons.append(re.sub(r"\d[\d.e+-]*", "#", re.sub(r"\{[^{}]*\}", "{}", reason)))
+        if repeats:
+            self._reasons.append(re.sub(r"\d[\d.e+-]*", "#", re.sub(r"\{[^{}]*\}", "{}", reason)))
         self._listener.failed(assignment.key, reason)
         last, failed = self._reasons[-IDENTICAL_FAILURES:], self._study.num_failed()
         if len(last) == IDENTICAL_FAILURES and len(set(last)) == 1:
@@ -363,3 +411,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
 def _one_line(failure: Exception) -> str:
     return f"{type(failure).__name__}: {' '.join(str(failure).split())}"
+
+
+def _told_cause(last: dict[str, Any]) -> Cause | None:
+    """Why a run ended that could still tell it itself, by its last report."""
+    told = last.get("state") in ("OUT_OF_MEMORY", "INTERRUPTED")
+    return Cause(last["reason"], last.get("hostname", "")) if told else None

@@ -31,6 +31,9 @@ class NoFiles:
     def result(self, key: str) -> TrialResult | None:
         return None
 
+    def stored_at(self, key: str, teacher: str | None) -> float | None:
+        return None
+
     def end_stopped_verification(self, key: str, result: TrialResult) -> None:
         pass
 
@@ -45,6 +48,9 @@ class NoListener:
     """Nobody watches."""
 
     def started(self, key: str) -> None:
+        pass
+
+    def lost(self, key: str, reason: str) -> None:
         pass
 
     def advanced(self, key: str, phase: str, done: int, of: int) -> None:
@@ -94,7 +100,7 @@ def simulate(
     searcher = StudySearcher(
         study,
         Budget(config.budget, config.resources, study.trials, clock),
-        hardware.slots,
+        lambda: hardware.slots,
         NoFiles(),
         NoListener(),
         scheduler,

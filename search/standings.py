@@ -42,12 +42,13 @@ class Standings:
     """
 
     def __init__(self, trials: Sequence[TrialRecord] = ()) -> None:
-        self._seen: list[TrialRecord] = []
+        self._seen: Sequence[TrialRecord] = ()
         self._records: dict[int, TrialRecord] = {}
         self._numbers: dict[str, int] = {}  # by key
         self._runs: dict[str, set[int]] = {}  # by configuration
         self._ends = np.full((0, 3, 2), _ABSENT)  # by number: worst, best, final
         self._rungs: dict[str, NDArray[np.float64]] = {}  # by name, then number
+        self._complete: Boxes | None = None  # until a trial changes
         self.update(trials)
 
     def update(self, trials: Sequence[TrialRecord]) -> None:
@@ -56,11 +57,13 @@ class Standings:
         Raises:
             ValueError: a record holds a number that is not finite.
         """
+        if trials is self._seen:
+            return
         known = len(self._seen)
         changed = [new for old, new in zip(self._seen, trials, strict=False) if old is not new]
         for record in (*changed, *trials[known:]):
             self._follow(record)
-        self._seen = list(trials)
+        self._seen = trials if isinstance(trials, tuple) else list(trials)  # a list may change
 
     def number_of(self, key: str) -> int | None:
         """The number of the trial with that key, if there is one."""
@@ -75,8 +78,10 @@ class Standings:
 
     def complete(self) -> Boxes:
         """All COMPLETE trials, also those whose verification was stopped: what they have proved stands."""
-        numbers = _present(self._ends[:, 0])
-        return Boxes(numbers, self._ends[numbers, 0], self._ends[numbers, 1])
+        if self._complete is None:
+            numbers = _present(self._ends[:, 0])
+            self._complete = Boxes(numbers, self._ends[numbers, 0], self._ends[numbers, 1])
+        return self._complete
 
     def at_rung(self, rung: str) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
         """Numbers, shape [N], and values, shape [N, 2], of all trials but FAILED ones that have reached a rung."""
@@ -92,7 +97,7 @@ class Standings:
         return Witnesses(values[latest], worst, best, final)
 
     def _follow(self, record: TrialRecord) -> None:
-        number = record.number
+        number, self._complete = record.number, None
         ends, rungs = _ends(record), {} if record.state == "FAILED" else _rungs(record)
         self._records[number] = record
         self._numbers[record.key] = number

@@ -1,25 +1,38 @@
 """Where a search keeps things: the study's database, the artefacts, the tracking store. Separate settings."""
 
+import functools
+import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from ccdist import checkpoint
+from search.artifact_place import ArtifactPlace
 from search.config import SearchConfig
 from search.database import sqlite_file
+from search.disk_space import StorageAwayError
 from search.driver_lock import DriverLock, file_lock, study_lock
 from search.errors import UserError
 from search.formats import UNMARKED
+from search.mirror import Mirror
 from search.mounts import current_mounts, network_file_system
+from search.remote_files import UnreachableError
+from search.sight import STUDY_MARK
+from search.store_lock import store_lock
+from search.study_record import stored_config
 from search.teachers import TeacherStore
+from search.trial_copies import Choice
+from search.workplace import Workplace
 from tracking.address import HOW_TO_LOG_IN, URI, Address, AddressError, is_server, shown
 
 DEFAULT_STORAGE = "runs"
-STUDY_MARK = "study.id"
 _TRACKING_SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql")
+
+
+log = logging.getLogger(__name__)
 
 
 class StorageError(UserError):
@@ -32,24 +45,23 @@ class Storage:
 
     folder: Path  # the local tracking store
     study_url: str
-    artifacts: Path
+    artifacts: Path  # with an object store: the driver's copy of what is there
     # The space file's, else that of MLflow's own variable, without a login; None: the local store in `folder`.
     tracking_uri: str | None
+    artifacts_uri: str | None = None  # the object store's folder that workers write; None: they write `artifacts`
 
     @classmethod
     def of(cls, config: SearchConfig, directory: str | None) -> "Storage":
         """From `--storage DIR`, which sets everything, else from the space file, else the default folder."""
         folder = Path(directory or DEFAULT_STORAGE).resolve()
         study_url = None if directory else config.storage.study
-        artifacts = None if directory else config.storage.artifacts
-        if artifacts is not None and "://" in artifacts:
-            raise StorageError(f"storage.artifacts is {shown(artifacts)}; expected a folder that all workers can reach")
-        return cls(
-            folder,
-            study_url or default_study_url(folder),
-            Path(artifacts).resolve() if artifacts else folder / "artifacts",
-            _tracking_address(config),
-        )
+        artifacts, uri = artifacts_of(None if directory else config.storage.artifacts, folder)
+        return cls(folder, study_url or default_study_url(folder), artifacts, _tracking_address(config), uri)
+
+    @property
+    def workers_artifacts(self) -> Path | str:
+        """Where workers write: a folder that all of them reach, or the address of an object store's."""
+        return self.artifacts_uri or self.artifacts
 
     def study_folder(self, study: str) -> Path:
         return self.artifacts / study
@@ -58,8 +70,25 @@ class Storage:
         return self.study_folder(study) / "journal"
 
     @property
-    def teachers(self) -> Path:
-        return self.artifacts / "teachers"
+    def teachers(self) -> Path | str:
+        return self.artifacts / "teachers" if self._place is None else self._place.below("teachers")
+
+    @property
+    def _place(self) -> ArtifactPlace | None:
+        return None if self.artifacts_uri is None else ArtifactPlace(self.artifacts_uri)
+
+    def workplace(self, study: str) -> Workplace:
+        """What every worker of a study is told; to be asked for by its only driver."""
+        mirror = self.mirror(study)
+        if mirror is not None:
+            return Workplace(str(self.workers_artifacts), study, mirror.epoch)
+        return Workplace(str(self.artifacts), study, identifier=self.identifier(study))
+
+    def mirror(self, study: str) -> Mirror | None:
+        """The study in the object store, one object for each process; None: its artefacts are in a folder."""
+        if self.artifacts_uri is None:
+            return None
+        return _mirror(self.artifacts_uri, study, self.artifacts, self.tracking_uri)
 
     def prepare(self) -> None:
         """Make the folders, and try to write in each.
@@ -67,6 +96,8 @@ class Storage:
         Raises:
             StorageError: one cannot be written, or the study's database would lie on another machine's disk.
         """
+        if self._place is not None:
+            self._place.check()
         database = sqlite_file(self.study_url)
         for folder in dict.fromkeys([self.folder, self.artifacts, *([database.parent] if database else [])]):
             try:
@@ -88,7 +119,9 @@ class Storage:
         Raises:
             StorageError: the folder holds another study of that name, such as one whose database was deleted.
         """
-        mark = self.study_folder(study) / STUDY_MARK
+        mirror, mark = self.mirror(study), self.study_folder(study) / STUDY_MARK
+        if mirror is not None:
+            self._claim_store(mirror, identifier)
         mark.parent.mkdir(parents=True, exist_ok=True)
         if not mark.exists() and (identifier.startswith(UNMARKED) or not (mark.parent / "trials").exists()):
             mark.write_text(identifier)
@@ -96,6 +129,16 @@ class Storage:
             raise StorageError(
                 f"{mark.parent} holds the trials of another study of that name; move it away, or choose another name "
                 "(--set name=...) or another --storage"
+            )
+
+    def _claim_store(self, mirror: Mirror, identifier: str) -> None:
+        owner = mirror.owner()
+        if owner is None and mirror.is_empty():
+            mirror.set_owner(identifier)
+        elif owner != identifier:
+            raise StorageError(
+                f"{self._place} holds the trials of another study named {mirror.study}; choose another name "
+                "(--set name=...), or another storage.artifacts"
             )
 
     def identifier(self, study: str) -> str:
@@ -110,13 +153,24 @@ class Storage:
         Raises:
             LockedError: another driver lives.
             StudyError: the database cannot be reached.
+        StorageError, CorruptCheckpointError: so it is with the object store.
         """
         with ExitStack() as stack:
             locks = [
                 stack.enter_context(study_lock(self.study_url, study)),
                 stack.enter_context(file_lock(self.artifacts / "locks" / f"{study}.lock")),
             ]
-            yield DriverLock(locks)
+            if self._place is not None:
+                try:
+                    locks.append(stack.enter_context(store_lock(self._place, study, self.study_url)))
+                except UnreachableError as error:
+                    raise StorageError(f"storage {self._place} cannot be used ({error})") from error
+            # Nobody else changes what is there from here on.
+            self.pull(study)
+            try:
+                yield DriverLock(locks)
+            finally:
+                self.push_study(study)
 
     def check_unfinished(self, study: str, keys: list[str]) -> None:
         """Read every checkpoint that unfinished trials will go on from, before anything starts.
@@ -124,6 +178,15 @@ class Storage:
         Raises:
             CorruptCheckpointError: one is damaged; nothing was changed.
         """
+        mirror = self.mirror(study)
+        if mirror is not None:
+            # To fetch them all would take as long as to begin: each is compared with its hash when a worker has it.
+            if missing := mirror.check(keys):
+                raise checkpoint.CorruptCheckpointError(
+                    f"{self._place} lacks {missing[0]}{f' and {len(missing) - 1} more files' if missing[1:] else ''}; "
+                    "restore it from a copy"
+                )
+            return
         TeacherStore.of(self.teachers).check()
         trials = self.study_folder(study) / "trials"
         for state in (trials / key / "state.safetensors" for key in keys):
@@ -132,6 +195,90 @@ class Storage:
         for student in (trials / key / "student" for key in keys):
             if student.exists():
                 _read_network(student)
+
+    # ---- With an object store; each does nothing with a folder ---------------------------------------------------
+
+    def pull(self, study: str, choice: Choice | None = None) -> None:
+        """Bring what the store has of a study into this machine's folder.
+
+        Args:
+            choice: as for `Mirror.pull`; else only a driver may bring it, whose own files these are.
+
+        Raises:
+            StorageError: the store does not answer, or has another study of that name than this folder.
+            CorruptCheckpointError: it has something else than what was written there.
+        """
+        mirror = self.mirror(study)
+        if mirror is None:
+            return
+        try:
+            owner, own = mirror.owner(), self.identifier(study)
+            if owner is not None and own not in ("", owner):
+                raise StorageError(
+                    f"{self.study_folder(study)} is a copy of another study than the one in {self._place}; move it away"
+                )
+            if choice is None:
+                mirror.pull_study()
+            mirror.pull(choice)
+        except UnreachableError as error:
+            raise StorageError(f"storage {self._place} cannot be used ({error})") from error
+
+    @contextmanager
+    def following(self, study: str) -> Iterator[None]:
+        """Bring what workers store, in the background."""
+        mirror = self.mirror(study)
+        with nullcontext() if mirror is None else mirror.following():
+            yield
+
+    def pull_trials(self, study: str) -> None:
+        """Bring all that workers have stored."""
+        self._told(study, lambda mirror: mirror.pull())
+
+    def push_ends(self, study: str, keys: Iterable[str]) -> None:
+        """Store the ends that the driver has written into the journals of trials."""
+        self._told(study, lambda mirror: mirror.push_ends(keys))
+
+    def push_study(self, study: str) -> None:
+        """Store the study's own files."""
+        self._told(study, lambda mirror: mirror.push_study())
+
+    def _told(self, study: str, action: Callable[[Mirror], None]) -> None:
+        """Do it; a store that stays away is told of, since the next command does what is left."""
+        mirror = self.mirror(study)
+        if mirror is not None:
+            try:
+                action(mirror)
+            except (StorageAwayError, checkpoint.CorruptCheckpointError) as error:
+                log.warning("%s is not complete (%s); the same command completes it", self._place, error)
+
+
+@functools.cache
+def _mirror(uri: str, study: str, artifacts: Path, destination: str | None) -> Mirror:
+    return Mirror(ArtifactPlace(uri), study, artifacts, destination)
+
+
+def artifacts_of(text: str | None, folder: Path) -> tuple[Path, str | None]:
+    """The local folder of the artefacts, and the address where they are if that is an object store's.
+
+    Args:
+        text: a folder or an address; None: the one in the storage folder.
+    """
+    if text is not None and "://" in text:
+        return folder / "artifacts", ArtifactPlace.of(text).uri
+    return (Path(text).resolve() if text else folder / "artifacts"), None
+
+
+def stored_address(study_url: str, study: str) -> str | None:
+    """Where the study's own space file says that the artefacts are, if that is an object store.
+
+    Raises:
+        StudyError: the database cannot be read.
+    """
+    database = sqlite_file(study_url)
+    if database is not None and not database.is_file():
+        return None  # who reads the study says so
+    artifacts = stored_config(study_url, study).storage.artifacts
+    return artifacts if artifacts is not None and "://" in artifacts else None
 
 
 def _tracking_address(config: SearchConfig) -> str | None:

@@ -17,7 +17,7 @@ from ccdist import atomic_files, checkpoint
 from ccdist.data import Dataset
 from ccdist.program import save_program
 from search import run_names
-from search.disk_space import is_full_disk
+from search.disk_space import is_of_disk
 from search.places import TrialPlaces
 from search.recipe import Recipe
 from search.records import TrialResult
@@ -54,7 +54,7 @@ def export_student(places: TrialPlaces, key: str, recipe: Recipe, dataset: Datas
     try:
         save_program(staging / PROGRAM, checkpoint.load(places.student), dataset.input_shape, graphs=places.graphs)
     except Exception as error:
-        if is_full_disk(error):
+        if is_of_disk(error):
             shutil.rmtree(staging, ignore_errors=True)
             raise
         # Whatever it is, the trial is worth more than its model in MLflow.

@@ -19,11 +19,14 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from search.advisory_lock import DRIVER
 from search.config import SearchConfig
 from search.database import StudyError as StudyError
 from search.database import open_storage
+from search.driver_lock import DriverLock
+from search.patient_storage import PatientStorage
 from search.proposal import Proposal as Proposal
-from search.records import RungValues, StudyRecord, TrialRecord, TrialResult
+from search.records import Death, RungValues, StudyRecord, TrialRecord, TrialResult
 from search.records import TrialState as RecordState
 from search.sampling import Suggested
 from search.sampling_view import (
@@ -36,7 +39,9 @@ from search.sampling_view import (
 )
 from search.space import Space
 from search.study_record import (
+    DIED,
     REFINED,
+    SHARES,
     empty_record,
     made_or_checked,
     not_finite,
@@ -65,13 +70,24 @@ class Study:
 
     tell_stopped_as: TellStopped = TELL_STOPPED
 
-    def __init__(self, config: SearchConfig, space: Space, study: optuna.Study, storage: BaseStorage) -> None:
-        self.config, self.space = config, space
-        self._storage, self._study_id = storage, study._study_id
+    def __init__(
+        self,
+        config: SearchConfig,
+        space: Space,
+        study: optuna.Study,
+        storage: BaseStorage,
+        lock: DriverLock | None = None,
+    ) -> None:
+        self.config, self.space, lock = config, space, lock or DriverLock()
+        self._storage = PatientStorage(storage, study._study_id, lock.regained)
+        if lock.mark is not None:  # before anything else is written
+            self._storage.set_study_attribute(DRIVER, lock.mark)
         attributes = stored_attributes(study)
         self.identifier = str(attributes["id"])  # random: tells its artefacts from those of another of the same name
         self._empty = empty_record(study)
+        self._shares: dict[str, Any] = dict(attributes.get(SHARES, {}))
         self._trials: list[TrialRecord] = []
+        self._snapshot: tuple[TrialRecord, ...] | None = None  # of them, until one changes
         self._numbers: dict[RecordState, set[int]] = {
             state: set() for state in ("COMPLETE", "STOPPED", "FAILED", "RUNNING", "WAITING")
         }
@@ -79,13 +95,20 @@ class Study:
         self._given_up: set[int] = set()
         self._attributes: dict[int, Mapping[str, Any]] = {}  # what suggestions left for later ones
         points: set[int] = set()
-        for trial in storage.get_all_trials(self._study_id, deepcopy=False):
+        for trial in self._storage.trials():
             self._remember(trial, attributes)
             points.add(trial.user_attrs.get("point", -1))
         self._enqueue_points(points)
 
     @classmethod
-    def open(cls, config: SearchConfig, space: Space, storage: str | BaseStorage, data_fingerprint: str) -> "Study":
+    def open(
+        cls,
+        config: SearchConfig,
+        space: Space,
+        storage: str | BaseStorage,
+        data_fingerprint: str,
+        lock: DriverLock | None = None,
+    ) -> "Study":
         """Create the study, or continue the stored one after checking that it is the same.
 
         Args:
@@ -93,12 +116,15 @@ class Study:
             space: its space.
             storage: a database's URL, or an Optuna storage.
             data_fingerprint: of the images that trials are trained and measured on.
+            lock: the driver's; None: there is no other driver.
 
         Raises:
             StudyError: the stored study has another space, other data or other directions.
         """
         opened = open_storage(storage) if isinstance(storage, str) else storage
-        return cls(config, space, made_or_checked(config, opened, data_fingerprint), opened)
+        if lock is not None:
+            lock.guard(opened)
+        return cls(config, space, made_or_checked(config, opened, data_fingerprint), opened, lock)
 
     # ---- what is there ---------------------------------------------------------------------------------------------
 
@@ -107,8 +133,10 @@ class Study:
         return with_trials(self._empty, tuple(self._trials))
 
     def trials(self) -> Sequence[TrialRecord]:
-        """The trials by number; a snapshot that later changes do not reach."""
-        return tuple(self._trials)
+        """The trials by number; a snapshot that later changes do not reach, the same one until there is a change."""
+        if self._snapshot is None:
+            self._snapshot = tuple(self._trials)
+        return self._snapshot
 
     def waiting(self) -> list[int]:
         """Trials that were asked ahead and not started; points come first, as they were stored first."""
@@ -149,7 +177,7 @@ class Study:
             StudyError: it does not wait any more, as another driver has started it.
         """
         try:
-            started = self._storage.set_trial_state_values(self._ids[number], TrialState.RUNNING)
+            started = self._storage.set_state(self._ids[number], TrialState.RUNNING)
         except UpdateFinishedTrialError:
             started = False
         if not started:
@@ -192,7 +220,7 @@ class Study:
             raise ValueError(f"trial {record.key}, rung {rung}: {wrong}; a rung holds finite numbers only")
         rungs = record.rungs | {rung: values}
         stored = {name: asdict(reached) for name, reached in rungs.items()}
-        self._storage.set_trial_user_attr(self._ids[number], "rungs", stored)
+        self._storage.set_attribute(self._ids[number], "rungs", stored)
         self._put(replace(record, rungs=rungs))
 
     def tell(self, number: int, result: TrialResult) -> None:
@@ -248,8 +276,45 @@ class Study:
             raise ValueError(f"trial {record.key}: {wrong}; a result holds finite numbers only")
         if result.certified_accuracy < record.certified_accuracy or result.certified_upper > record.certified_upper:
             return
-        self._storage.set_study_user_attr(self._study_id, f"{REFINED}{number}", asdict(result))
+        self._storage.set_study_attribute(f"{REFINED}{number}", asdict(result))
         self._put(with_result(record, result))
+
+    # ---- attempts --------------------------------------------------------------------------------------------------
+
+    @property
+    def shares(self) -> dict[str, Any]:
+        """What `store_shares` was told last, by whatever driver."""
+        return dict(self._shares)
+
+    def store_shares(self, shares: Mapping[str, Any]) -> None:
+        """Keep what classes of trials need (`search.shares`)."""
+        self._storage.set_study_attribute(SHARES, dict(shares))
+        self._shares = dict(shares)
+
+    def begin_again(self, number: int) -> None:
+        """The run of an unfinished trial that is to start is another attempt: of the last one nobody knows the end."""
+        record = self._trials[number]
+        self._storage.set_attribute(self._ids[number], "attempt", record.attempt + 1)
+        self._put(replace(record, attempt=record.attempt + 1))
+
+    def note_accelerators(self, number: int, accelerators: float) -> None:
+        """Store that a trial holds more than the space file says."""
+        record = self._trials[number]
+        if record.state == "RUNNING" and record.accelerators != accelerators:
+            self._storage.set_attribute(self._ids[number], "accelerators", accelerators)
+            self._put(replace(record, accelerators=accelerators))
+
+    def note_death(self, number: int, death: Death) -> None:
+        """Store that an attempt ended without a result. A COMPLETE trial, whose verification had been resumed, cannot
+        change in Optuna: its deaths are kept beside it."""
+        record = self._trials[number]
+        record = replace(record, deaths=(*record.deaths, death), attempt=death.attempt + 1)
+        stored = [asdict(each) for each in record.deaths]
+        if record.state == "RUNNING":
+            self._storage.set_attribute(self._ids[number], "deaths", stored)
+        else:
+            self._storage.set_study_attribute(f"{DIED}{number}", stored)
+        self._put(record)
 
     # ---- storing ---------------------------------------------------------------------------------------------------
 
@@ -264,9 +329,8 @@ class Study:
             user_attrs=user_attrs,
             system_attrs=suggested.system_attrs,
         )
-        trial_id = self._storage.create_new_trial(self._study_id, template)
-        stored = self._storage.get_trial_number_from_id(trial_id)
-        if stored != number:
+        trial_id = self._storage.create(number, template)
+        if trial_id is None:
             raise StudyError(
                 f"study {self._empty.name} got trials from another program while this search runs; run it again"
             )
@@ -289,12 +353,12 @@ class Study:
         trial_id = self._ids[number]
         try:
             for key, value in attributes.items():
-                self._storage.set_trial_user_attr(trial_id, key, value)
+                self._storage.set_attribute(trial_id, key, value)
             for key, value in (constraints or {}).items():
-                self._storage.set_trial_system_attr(trial_id, key, value)
-            self._storage.set_trial_state_values(trial_id, state, values)
+                self._storage.set_system_attribute(trial_id, key, value)
+            self._storage.set_state(trial_id, state, values)
         except UpdateFinishedTrialError:  # an earlier call was stored, although its answer was an error
-            self._remember(self._storage.get_trial(trial_id), {})
+            self._remember(self._storage.trial(trial_id), {})
             return False
         self._put(record)
         return True
@@ -310,6 +374,7 @@ class Study:
         self._put(record)
 
     def _put(self, record: TrialRecord) -> None:
+        self._snapshot = None
         if record.number == len(self._trials):
             self._trials.append(record)
         else:
@@ -323,17 +388,16 @@ class Study:
     def _draw_rest(self, number: int) -> None:
         """Complete a trial that a driver of an older version left half-drawn; what was drawn is kept."""
         trial_id = self._ids[number]
-        stored = self._storage.get_trial(trial_id)
+        stored = self._storage.trial(trial_id)
         fixed = stored.system_attrs.get("fixed_params", {}) | stored.params
         drawn = replace(self.prepare(), number=number).draw(self.config.search.sampler, 0, fixed)
         for name, value in drawn.params.items():
             if name not in stored.params:
-                distribution = drawn.distributions[name]
-                self._storage.set_trial_param(trial_id, name, distribution.to_internal_repr(value), distribution)
+                self._storage.set_param(trial_id, name, value, drawn.distributions[name])
         params = drawn.params
         configuration, seed = self.space.configuration(params), self._seed(params, number)
-        self._storage.set_trial_user_attr(trial_id, "configuration", configuration)
-        self._storage.set_trial_user_attr(trial_id, "seed", seed)
+        self._storage.set_attribute(trial_id, "configuration", configuration)
+        self._storage.set_attribute(trial_id, "seed", seed)
         self._put(replace(self._trials[number], params=params, configuration=configuration, seed=seed))
 
     def _enqueue_points(self, present: set[int]) -> None:

@@ -17,7 +17,7 @@ from search import formats
 from search.config import SearchConfig
 from search.confirmation_config import config_of
 from search.database import StudyError, open_storage, sqlite_file, without_password
-from search.records import RungValues, StudyRecord, TrialRecord, TrialResult
+from search.records import Death, RungValues, StudyRecord, TrialRecord, TrialResult
 from search.records import TrialState as RecordState
 from search.sampling import DIRECTIONS
 from tracking.address import Address
@@ -27,7 +27,9 @@ _ADVICE = {
     "study": "choose another name (--set name=...) or another --storage",
     "confirmation": "give it the same options again, or choose another --name",
 }
+DIED = "died:"  # + trial number: study attribute with the deaths of a trial whose resumed verification died
 REFINED = "refined:"  # + trial number: study attribute with a result that is better known than when the trial ended
+SHARES = "shares"  # study attribute: what classes of trials were found to need
 _STATES: dict[TrialState, RecordState] = {
     TrialState.COMPLETE: "COMPLETE",
     TrialState.PRUNED: "STOPPED",
@@ -279,6 +281,8 @@ def trial_record(study_name: str, trial: FrozenTrial, study: Mapping[str, Any]) 
     state = _STATES[trial.state]
     result = dict(attributes.get("result", {})) if state == "COMPLETE" else {}
     ended = {"STOPPED": attributes.get("stopped", {}), "COMPLETE": result}.get(state, attributes)
+    known_deaths = study.get(f"{DIED}{trial.number}") or attributes.get("deaths", [])
+    deaths = tuple(Death(**death) for death in known_deaths)
     record = TrialRecord(
         key=trial_key(study_name, trial.number),
         number=trial.number,
@@ -290,6 +294,9 @@ def trial_record(study_name: str, trial: FrozenTrial, study: Mapping[str, Any]) 
         reason=ended.get("reason"),
         seconds=ended.get("seconds"),
         rungs={name: RungValues(**values) for name, values in attributes.get("rungs", {}).items()},
+        deaths=deaths,
+        attempt=max(attributes.get("attempt", 1), deaths[-1].attempt + 1 if deaths else 1),
+        accelerators=attributes.get("accelerators"),
     )
     result.pop("finished_at", None)
     known = study.get(f"{REFINED}{trial.number}") or result

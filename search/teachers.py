@@ -122,7 +122,7 @@ class TeacherStore:
 
         A storage that does not answer is no error: the lease then ends by itself.
         """
-        with suppress(OSError):
+        with suppress(OSError, remote_files.UnreachableError), remote_files.impatient():
             self._leases.forget(key, holder)
 
     def load(self, key: str) -> Teacher:

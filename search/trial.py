@@ -22,8 +22,8 @@ from ccdist.data import Dataset
 from ccdist.provenance import source_commit
 from ccdist.training import TrainingResult, train_student, train_teacher
 from search.config import StoppingConfig
-from search.disk_space import is_full_disk, pausing_on_full_disk
-from search.endings import conclude, failure_reason
+from search.disk_space import StorageAwayError, is_of_disk, pausing_on_full_disk
+from search.endings import conclude, failure_reason, is_out_of_memory
 from search.endings import conclude_stopped as conclude_stopped
 from search.endings import conclude_training_stopped as conclude_training_stopped
 from search.leases import Held
@@ -53,6 +53,7 @@ class TrialTask:
     stopping: StoppingConfig
     configuration: str = ""  # hash of the parameters; empty: it belongs to no study
     exports: bool = False  # whether its student is to become a model in MLflow
+    deaths: str = ""  # what became of its attempts before, in a line
 
 
 def run_trial(
@@ -72,6 +73,8 @@ def run_trial(
     Raises:
         WaitingForTeacher: another process trains its teacher; run the trial again later.
         DiskFullError: there is no room left; run the trial again when there is.
+        StorageAwayError: its folder did not answer; run the trial again.
+        OutOfMemoryError, MemoryError: a GPU or the host has too little; run the trial again with more.
         NonFiniteLossError: training diverged.
         Exception: whatever else went wrong; the trial can be run again.
     """
@@ -83,13 +86,13 @@ def run_trial(
             discard(places)
             return done
         with Journal(places.journal) as journal:
-            journal.start(task.key, task.params, start_tags(task.recipe, task.configuration))
+            journal.start(task.key, task.params, start_tags(task.recipe, task.configuration, task.deaths))
             try:
                 return _Trial(task, dataset, device, journal, reports).run(train_teacher_fn, train_student_fn)
-            except WaitingForTeacher:
+            except (WaitingForTeacher, StorageAwayError):
                 raise
             except Exception as error:
-                if not is_full_disk(error):
+                if not is_of_disk(error) and not is_out_of_memory(error):  # else the driver decides what follows
                     journal.end("FAILED", {}, end_tags("FAILED", failure_reason(error)))
                 raise
 
@@ -106,7 +109,7 @@ def resume_verification(
         timeout_factor: limits of branch and bound relative to those of the trial's recipe.
 
     Raises:
-        DiskFullError: there is no room left; the result is as it was.
+        DiskFullError, StorageAwayError: as for `run_trial`; the result is as it was.
         ValueError: the trial has no result.
     """
     places, recipe = task.places, task.recipe
@@ -131,7 +134,7 @@ def resume_verification(
             reports=reports,
             known=load_verdicts(places),
         )
-        refined = _with_peak_memory(refined)
+        refined = _with_peak_memory(refined, device)
         with Journal(places.journal) as journal:
             conclude(places, journal, refined, {})
         return refined
@@ -183,7 +186,7 @@ class _Trial:
             spent=Spent({"teacher": teacher_seconds, "student": student_seconds}, provenance(self.device)),
             reports=self.reports,
         )
-        result = _with_peak_memory(result)
+        result = _with_peak_memory(result, self.device)
         conclude(task.places, self.journal, result, {"waiting": max(0.0, waited), "export": export_seconds})
         return result
 
@@ -223,27 +226,33 @@ class _Trial:
 
 
 @functools.cache
-def teacher_store(place: Path) -> TeacherStore:
+def teacher_store(place: Path | str) -> TeacherStore:
     """The store of a place, one for each process: it has to watch a lease for a while to know that its holder died."""
     return TeacherStore.of(place)
 
 
 def provenance(device: torch.device) -> dict[str, str]:
-    """What made a result: versions, device, memory, commit."""
+    """What made a result: versions, machine, device, memory, commit."""
     packages = ("torch", "ray", "optuna")
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
+        "host": platform.node(),
+        "threads": str(torch.get_num_threads()),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-        "peak_memory_mb": _peak_memory_mb(),
+        **_peaks(device),
         "commit": source_commit(),
     }
 
 
-def _peak_memory_mb() -> str:
-    return str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+def _peaks(device: torch.device) -> dict[str, str]:
+    """Most memory of the process, MiB: of the host as long as it lives, of the GPU for this trial."""
+    peaks = {"peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    if device.type == "cuda":
+        peaks["peak_gpu_memory_mb"] = torch.cuda.max_memory_reserved(device) // 2**20
+    return {name: str(value) for name, value in peaks.items()}
 
 
-def _with_peak_memory(result: TrialResult) -> TrialResult:
+def _with_peak_memory(result: TrialResult, device: torch.device) -> TrialResult:
     """The result at its end: verification may have taken more memory than what came before."""
-    return replace(result, provenance=result.provenance | {"peak_memory_mb": _peak_memory_mb()})
+    return replace(result, provenance=result.provenance | _peaks(device))

@@ -27,6 +27,9 @@ from search.rung_values import common_order
 
 # Seconds between two reports within a rung, at least: each one passes through the driver's loop.
 REPORT_INTERVAL_S = 1.0
+# A report waits until the driver has handled it. One that took t seconds is followed by RESTS * t without one, at most
+# LONGEST_REST_S: thousands of trials ask a driver no more than it can answer, and wait for it 5 % of their time.
+RESTS, LONGEST_REST_S = 20.0, 60.0
 # Images of a chunk on a processor, where larger ones are no faster, bounds even slower, and stopped later.
 LARGEST_CHUNK = 64
 
@@ -72,6 +75,11 @@ def result_of(
     )
 
 
+def rest_after(waited_s: float) -> float:
+    """Seconds without a report after one that took so many."""
+    return min(LONGEST_REST_S, RESTS * waited_s)
+
+
 @dataclass
 class _Listener:
     """Follows a ladder and reports the interval that its stored rows prove.
@@ -91,6 +99,7 @@ class _Listener:
     before_rung: tuple[int, int] = (0, 0)  # proved, falsified
     share: float = 0.0  # proved share of what the last rung that decided anything has decided
     reported_at: float = 0.0
+    rest_s: float = 0.0  # after the last report
 
     def on_progress(self, progress: Progress) -> None:
         self.progress = progress
@@ -122,7 +131,7 @@ class _Listener:
         return proved / decided if decided else self.share
 
     def _report_after(self, interval: float) -> None:
-        if self.clean_is_done and time.monotonic() - self.reported_at >= interval:
+        if self.clean_is_done and time.monotonic() - self.reported_at >= max(interval, self.rest_s):
             self._report()
 
     def _report(self) -> None:
@@ -131,8 +140,10 @@ class _Listener:
         table = pa.table({"verdict": self.verdicts, "method": self.methods})
         result = result_of(table, self.spent, self.total_seconds(), state="stopped", share=self._share())
         num_open = self.verdicts.count(str(Verdict.UNDECIDED))
+        began = time.monotonic()
         self.reports.verifying(result, self.progress.rung, len(self.verdicts) - num_open, len(self.verdicts))
         self.reported_at = time.monotonic()
+        self.rest_s = rest_after(self.reported_at - began)
 
 
 def verify_trial(

@@ -45,6 +45,10 @@ class TeacherQueue:
         self._trained_by: dict[str, int] = {}  # teacher -> number of the trial that trains it
         self._elsewhere: dict[str, float] = {}  # teacher that another search trains -> when to look again
 
+    def teacher_of(self, assignment: Assignment) -> str | None:
+        """The key of the teacher that a trial needs."""
+        return self._teacher_of(assignment)
+
     def may_start(self, assignment: Assignment) -> bool:
         """Whether the trial can start now; if it is to train its teacher, others wait for it from now on."""
         key = self._teacher_of(assignment)
@@ -89,6 +93,8 @@ class TeacherQueue:
 
     def _release(self, assignment: Assignment, *, is_present: bool) -> str | None:
         """The teacher that others waited for it to train, if any."""
+        if assignment.number not in self._trained_by.values():  # at most reports, and cheaper than to find its teacher
+            return None
         key = self._teacher_of(assignment)
         if key is None or self._trained_by.get(key) != assignment.number:
             return None

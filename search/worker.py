@@ -7,6 +7,8 @@ A report is a flat dictionary with the trial's `key` and a `state`:
     VERIFYING  result, phase, step, steps    JSON of the TrialResult if it is stopped here
     WAITING    teacher                       another process trains it; the trial can be started again later
     PAUSED     reason                        the disk is full; the trial can be started again later
+    OUT_OF_MEMORY  reason, on_gpu            the trial can be started again with more of it
+    INTERRUPTED  reason                      the storage did not answer; as a death, the trial is tried again
     COMPLETE   result                        JSON of the TrialResult
     FAILED     reason
 """
@@ -14,8 +16,7 @@ A report is a flat dictionary with the trial's `key` and a `state`:
 import json
 import time
 import warnings
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,19 @@ from ray import tune
 from ccdist.data import Dataset, ImageSet
 from ccdist.host_memory import keep_freed_memory
 from search.config import ResourcesConfig, StoppingConfig
-from search.disk_space import DiskFullError
-from search.endings import failure_reason
-from search.places import TrialPlaces, load_result
+from search.deaths import STORAGE_AWAY
+from search.disk_space import DiskFullError, StorageAwayError
+from search.endings import failure_reason, is_of_gpu, is_out_of_memory
+from search.places import load_result
 from search.recipe import Recipe
 from search.records import RungValues, TrialResult
 from search.reports import WaitingForTeacher
+from search.shares import Share
 from search.trial import TrialTask, resume_verification, run_trial
-from search.verifying import REPORT_INTERVAL_S
+from search.verifying import REPORT_INTERVAL_S, rest_after
+from search.workplace import Workplace
 
+_PLAIN = ("key", "params", "resume", "configuration", "attempt", "deaths", "start")
 # An undecided image that gets more time gets so many times what it had.
 TIMEOUT_GROWTH = 4.0
 
@@ -71,6 +76,10 @@ class Suggestion:
 
     resume: the trial is COMPLETE, and its verification is to go on with larger limits.
     configuration: hash of the parameters.
+    attempt: number of this run of the trial, another one for each; the first is 1.
+    share: what it holds; None: as the space file says.
+    deaths: what became of its attempts before, in a line.
+    start: when, by the driver's clock of nanoseconds that only grow: of two runs of a trial the later one counts.
     """
 
     key: str
@@ -78,17 +87,28 @@ class Suggestion:
     recipe: Recipe
     resume: bool = False
     configuration: str = ""
+    attempt: int = 1
+    share: Share | None = None
+    deaths: str = ""
+    start: int = field(default_factory=time.monotonic_ns)
 
     def to_config(self) -> dict[str, Any]:
         # One text: Tune would spell nested values into the trial's name and merge them with its own.
-        content = {name: getattr(self, name) for name in ("key", "params", "resume", "configuration")}
-        return {"trial": json.dumps(content | {"recipe": self.recipe.model_dump_json()})}
+        content = {name: getattr(self, name) for name in _PLAIN}
+        share = None if self.share is None else asdict(self.share)
+        return {"trial": json.dumps(content | {"recipe": self.recipe.model_dump_json(), "share": share})}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Suggestion":
         content = json.loads(config["trial"])
         recipe = Recipe.model_validate_json(content["recipe"])
-        return cls(content["key"], content["params"], recipe, content["resume"], content["configuration"])
+        return cls(recipe=recipe, share=share_of(config), **{name: content[name] for name in _PLAIN})
+
+
+def share_of(config: dict[str, Any]) -> Share | None:
+    """What the trial of a Tune configuration holds, without reading the rest of it."""
+    share = json.loads(config["trial"])["share"]
+    return None if share is None else Share(**share)
 
 
 class TuneReports:
@@ -100,9 +120,14 @@ class TuneReports:
     def __init__(self, key: str) -> None:
         self._key = key
         self._last = -REPORT_INTERVAL_S
+        self._rest = 0.0  # after the last report
+        self._phase = ""
 
     def advanced(self, phase: str, done: int, of: int) -> None:
-        if time.monotonic() - self._last >= REPORT_INTERVAL_S:
+        # Whoever waits for this trial's teacher is told of its end at once.
+        rest = self._rest if phase == self._phase else 0.0
+        if time.monotonic() - self._last >= max(REPORT_INTERVAL_S, rest):
+            self._phase = phase
             # Not "done": Tune takes a metric of that name for the end of the trial.
             self.send("RUNNING", phase=phase, step=done, steps=of)
 
@@ -116,13 +141,13 @@ class TuneReports:
         """One report now."""
         self._last = time.monotonic()
         tune.report({"key": self._key, "state": state, **fields})
+        self._rest = rest_after(time.monotonic() - self._last)
 
 
 def trainable(
     config: dict[str, Any],
     *,
-    study: str,
-    artifacts: str,
+    workplace: Workplace,
     shared: SharedDataset,
     resources: ResourcesConfig,
     stopping: StoppingConfig,
@@ -131,24 +156,36 @@ def trainable(
     """Run one trial, or resume its verification, and report its result, or why there is none."""
     suggestion = Suggestion.from_config(config)
     reports = TuneReports(suggestion.key)
-    places = TrialPlaces.of(Path(artifacts), study, suggestion.key)
-    task = TrialTask(
-        suggestion.key, suggestion.recipe, suggestion.params, places, stopping, suggestion.configuration, exports
-    )
     try:
-        device = _prepare(resources)
+        device = prepare_process(suggestion.share or Share.of(resources))
         dataset = shared.dataset()
-        if suggestion.resume:
-            factor = next_timeout_factor(load_result(places))
-            result = resume_verification(task, dataset, device=device, timeout_factor=factor, reports=reports)
-        else:
-            result = run_trial(task, dataset, device=device, reports=reports)
+        with workplace.trial(suggestion.key, suggestion.start, reports) as (places, storing):
+            task = TrialTask(
+                suggestion.key,
+                suggestion.recipe,
+                suggestion.params,
+                places,
+                stopping,
+                suggestion.configuration,
+                exports,
+                suggestion.deaths,
+            )
+            if suggestion.resume:
+                factor = next_timeout_factor(load_result(places))
+                result = resume_verification(task, dataset, device=device, timeout_factor=factor, reports=storing)
+            else:
+                result = run_trial(task, dataset, device=device, reports=storing)
     except WaitingForTeacher as waiting:
         reports.send("WAITING", teacher=waiting.key)
     except DiskFullError as full:
         reports.send("PAUSED", reason=str(full))
+    except StorageAwayError as away:
+        reports.send("INTERRUPTED", reason=f"{STORAGE_AWAY}: {away}")
     except Exception as error:
-        reports.send("FAILED", reason=failure_reason(error))
+        if is_out_of_memory(error):
+            reports.send("OUT_OF_MEMORY", reason=failure_reason(error), on_gpu=is_of_gpu(error))
+        else:
+            reports.send("FAILED", reason=failure_reason(error))
     else:
         reports.send("COMPLETE", result=json.dumps(asdict(result)))
     finally:
@@ -163,13 +200,13 @@ def next_timeout_factor(result: TrialResult | None) -> float:
     return TIMEOUT_GROWTH * float(result.provenance.get("timeout_factor", 1.0))
 
 
-def _prepare(resources: ResourcesConfig) -> torch.device:
-    """Threads and memory as the trial's resources say; Ray itself only keeps the books."""
-    torch.set_num_threads(max(1, int(resources.cpu)))
+def prepare_process(held: ResourcesConfig | Share) -> torch.device:
+    """Threads and memory as what the trial holds; Ray itself only keeps the books."""
+    torch.set_num_threads(max(1, int(held.cpu)))
     keep_freed_memory()
-    if resources.gpu == 0:
+    if held.gpu == 0:
         return torch.device("cpu")
     device = torch.device("cuda", 0)
-    if resources.gpu < 1:
-        torch.cuda.set_per_process_memory_fraction(resources.gpu, device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, held.gpu), device)
+    torch.cuda.reset_peak_memory_stats(device)
     return device

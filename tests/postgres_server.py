@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psycopg
@@ -20,11 +20,29 @@ PASSWORD = "p@ss/word"
 START_S = 30.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class PostgresServer:
-    """A running server whose only user is postgres."""
+    """A server whose only user is postgres, and which may be stopped and started again on the same port."""
 
     port: int
+    command: list[str | Path] = field(default_factory=list)
+    folder: Path = Path()
+    user: str | None = None
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def start(self) -> None:
+        """Start it, from the thread that lives as long as the server shall; it answers when this returns."""
+        with (self.folder / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                self.command, user=self.user, cwd=self.folder, stdout=log, stderr=log, preexec_fn=_end_with_parent
+            )
+        _wait(self, self.process, self.folder / "log")
+
+    def stop(self) -> None:
+        """As a power loss: no session is told, what was committed is there after the next start."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGQUIT)
+            self.process.wait(START_S)
 
     def url(self, database: str, *, password: str = "p%40ss%2Fword") -> str:
         """As a user writes it: without a driver; signs with a meaning in URLs are escaped."""
@@ -73,22 +91,12 @@ def postgres_server() -> Iterator[PostgresServer]:
             port = free.getsockname()[1]
         settings = {"fsync": "off", "shared_buffers": "16MB", "unix_socket_directories": folder, "port": port}
         options = [part for key, value in settings.items() for part in ("-c", f"{key}={value}")]
-        with (folder / "log").open("w") as log:
-            process = subprocess.Popen(
-                [place / "postgres", "-D", data, *options],
-                user=user,
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-                preexec_fn=_end_with_parent,
-            )
+        server = PostgresServer(port, [place / "postgres", "-D", data, *options], folder, user)
         try:
-            server = PostgresServer(port)
-            _wait(server, process, folder / "log")
+            server.start()
             yield server
         finally:
-            process.send_signal(signal.SIGQUIT)  # its data is thrown away: no orderly end is needed
-            process.wait(START_S)
+            server.stop()  # its data is thrown away: no orderly end is needed
 
 
 def _end_with_parent() -> None:

@@ -6,18 +6,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
 import sqlalchemy
-from studies import FINGERPRINT, config_of, empty_database, result
+from studies import FINGERPRINT, closed_form, config_of, empty_database, result, space_of
 
 from search import doctor
-from search.database import StudyError, open_storage, postgres_url, without_password
-from search.driver_lock import lock_number
+from search.advisory_lock import lock_number
+from search.database import DatabaseAwayError, StudyError, open_storage, postgres_url, without_password
+from search.driver_lock import DriverLock
 from search.locks import LockedError
 from search.space import Space
 from search.storage import Storage
@@ -93,18 +96,103 @@ def test_a_second_driver_is_refused_until_the_first_is_dead(tmp_path: Path, post
         pass
 
 
+def end_lock_session(server: "PostgresServer") -> None:
+    """As an administrator would; a restart of the server does the same to all sessions."""
+    ours = f"application_name LIKE 'search pid {os.getpid()} on %'"
+    assert server.execute(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {ours}")
+
+
+@pytest.fixture
+def drivers(tmp_path: Path, postgres_url: str) -> tuple[Storage, Storage]:
+    """The storage of two machines."""
+    return storage_at(tmp_path / "here", postgres_url), storage_at(tmp_path / "there", postgres_url)
+
+
+def driven(storage: Storage, lock: DriverLock, name: str) -> Study:
+    config = config_of(storage.artifacts.parent, name=name)
+    return Study.open(config, space_of(config), storage.study_url, FINGERPRINT, lock)
+
+
 def test_a_driver_notices_that_its_lock_is_lost(
-    tmp_path: Path, postgres_url: str, postgres_server: "PostgresServer"
+    drivers: tuple[Storage, Storage], postgres_server: "PostgresServer"
 ) -> None:
-    here, there = (storage_at(tmp_path / name, postgres_url) for name in ("here", "there"))
+    here, there = drivers
     with here.only_driver("tiny") as lock:
         assert lock.still_held()
-        ours = f"application_name LIKE 'search pid {os.getpid()} on %'"
-        assert postgres_server.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {ours}")
+        end_lock_session(postgres_server)
         with there.only_driver("tiny") as successor:
             assert not lock.still_held()
             assert successor.still_held()
-        assert not lock.still_held()  # nobody has it now, but somebody may have had it
+        assert not lock.still_held()  # nobody has it now, but somebody had it
+
+
+def test_a_lock_that_nobody_else_had_meanwhile_is_taken_again(
+    drivers: tuple[Storage, Storage], postgres_server: "PostgresServer", caplog: pytest.LogCaptureFixture
+) -> None:
+    here, there = drivers
+    with here.only_driver("again") as lock:
+        for _ in range(2):  # before this driver has left its mark in the study, and after it
+            end_lock_session(postgres_server)
+            assert lock.still_held()
+            with pytest.raises(LockedError, match="that search still runs"), there.only_driver("again"):
+                pass
+            study = driven(here, lock, "again")
+        end_lock_session(postgres_server)
+        first = study.ask()  # the server refuses what is committed without the lock, so that it is taken first
+        study.tell(first.number, closed_form(first.params))
+    assert ["no other driver came" in row.getMessage() for row in caplog.records] == [True] * 3
+    assert [trial.state for trial in load_record(here.study_url, "again").trials] == ["COMPLETE", "WAITING"]
+
+
+def test_a_commit_that_is_still_under_way_is_ended_before_it_is_repeated(
+    drivers: tuple[Storage, Storage], postgres_server: "PostgresServer", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection broke, of which the server does not know yet: it could make the trial a second time."""
+    here, _ = drivers
+    with here.only_driver("under-way") as lock:
+        study = driven(here, lock, "under-way")
+        assert len(study.waiting()) == 2
+        study.ask(), study.ask()
+        storage = study._storage._storage
+        create, calls = storage.create_new_trial, iter([DatabaseAwayError("gone")])
+
+        def breaking(*args: Any) -> int:
+            if (error := next(calls, None)) is not None:
+                raise error
+            return int(create(*args))
+
+        monkeypatch.setattr(storage, "create_new_trial", breaking)
+        name = f"search {lock.mark}"
+        with psycopg.connect(postgres_server.url("postgres"), application_name=name) as old:
+            old.execute("SELECT * FROM studies WHERE study_name = 'under-way' FOR UPDATE")
+            release = threading.Timer(10, old.close)  # who does not end it would wait for it for ever
+            release.start()
+            assert study.ask().number == 2
+            release.cancel()
+            with pytest.raises(psycopg.OperationalError, match="terminating connection"):
+                old.execute("SELECT 1")
+        assert lock.still_held()
+
+
+def test_a_driver_that_was_asleep_while_another_drove_writes_nothing(
+    drivers: tuple[Storage, Storage], postgres_server: "PostgresServer"
+) -> None:
+    """The other is gone, the lock is free, and a connection that is older than the loss is still open."""
+    here, there = drivers
+    with here.only_driver("asleep") as lock:
+        study = driven(here, lock, "asleep")
+        mine = study.ask()
+        end_lock_session(postgres_server)
+        with there.only_driver("asleep") as other:
+            its = driven(there, other, "asleep")
+            assert its.adopt(mine.number) == mine
+            its.tell_failed(mine.number, "of the other driver")
+        before = load_record(here.study_url, "asleep")
+        for write in (study.ask, lambda: study.tell_failed(mine.number, "of this driver")):
+            with pytest.raises(StudyError, match="the lock on the study was lost"):
+                write()
+        assert not lock.still_held()
+    assert load_record(here.study_url, "asleep") == before
 
 
 def test_the_number_of_a_lock_does_not_change_between_versions() -> None:

@@ -327,6 +327,7 @@ def test_the_front_as_json(finished: Search, capsys: pytest.CaptureFixture[str])
         "seed",
         "verification_state",
         "reason",
+        "deaths",
         "rungs",
     }
     assert [trial["key"] for trial in shown["trials"]] == [f"digits-000{number}" for number in range(5)]

@@ -174,7 +174,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         patch.setenv("RAY_prestart_worker_first_driver", "0")  # a process for each core, none of which runs a trial
         for name in ("RAY_ADDRESS", "TUNE_DISABLE_STRICT_METRIC_CHECKING"):
             patch.delenv(name, raising=False)
-        patch.setattr(cluster, "read_ray_address", lambda: None)
+        patch.setattr("search.addresses.read_ray_address", lambda: None)
         patch.setattr(tempfile, "tempdir", str(scratch))
         patch.setattr(execution, "trainable", trainable)
         patch.setattr(execution, "close_study", lambda *anything: None)  # figures take seconds
@@ -191,7 +191,7 @@ def test_no_metric_and_no_number_ends_a_trial(finished: Finished) -> None:
     trials, records = finished.trials, finished.outcome.record.trials
     assert [trial.state for trial in trials if not trial.state.is_finished()] == []
     assert (trials[SILENT].state, trials[NO_NUMBER].state) == (TrialState.FAIL, TrialState.FAIL)
-    assert "worker died: its process ended without a report" in (records[SILENT].reason or "")
+    assert "worker died: it ended without a report" in (records[SILENT].reason or "")
     assert records[NO_NUMBER].reason == "not finite: expected_certified is nan"
     # A rung's values are only a stand-in: without them the trial is not judged there, and goes on.
     assert (trials[BLIND].state, trials[BLIND].values) == (TrialState.COMPLETE, [0.6, 0.7])
@@ -237,6 +237,9 @@ def test_a_trial_whose_worker_died_succeeds_under_its_own_number(finished: Finis
     assert (retried.state, retried.values) == (TrialState.COMPLETE, [0.8, 0.6])
     assert (record.key, record.rungs) == (f"tiny-{DYING:04d}", {RUNG: AT_RUNG[DYING]})
     assert record.reason is None
+    (death,) = record.deaths
+    assert (death.reason, death.attempt) == ("worker killed", 1)
+    assert f"{record.key}  worker killed: it goes on from its last state" in finished.printed
 
 
 def test_nothing_of_tune_is_left_to_restore(finished: Finished) -> None:

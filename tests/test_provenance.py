@@ -11,6 +11,7 @@ from ccdist import provenance
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A package's folder in a repository of one commit, which it is no part of yet."""
+    monkeypatch.delenv(provenance.COMMIT, raising=False)
     folder = tmp_path / "package"
     folder.mkdir()
     (folder / "provenance.py").touch()
@@ -46,3 +47,12 @@ def test_a_repository_that_does_not_hold_the_package_is_not_its_own(package: Pat
     git(package.parent, "init")
     git(package.parent, "commit", "--allow-empty", "-m", "one")
     assert provenance.source_commit() == "unknown"
+
+
+def test_whoever_made_a_copy_says_of_what(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(provenance.COMMIT, "0123456789ab-dirty")
+    assert provenance.source_commit() == "0123456789ab-dirty"
+    git(package.parent, "init")
+    git(package.parent, "add", ".")
+    git(package.parent, "commit", "-m", "one")
+    assert provenance.source_commit() == git(package, "rev-parse", "--short=12", "HEAD")

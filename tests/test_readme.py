@@ -18,7 +18,9 @@ NOT_IN_CI = {
     "python -m search.run spaces/mnist.yaml --trials 4": "needs downloaded data",
     "python -m search.run spaces/cifar.yaml": "needs downloaded data and GPUs",
     "ray up ray_cluster.yaml": "needs a cloud account; tests/test_cluster_yaml.py checks the file",
-    "ray attach ray_cluster.yaml": "needs a cloud account",
+    "python -m search.run spaces/cifar.yaml --address auto": "needs a cluster; tests/test_ray_up.py has one",
+    "python -m search.run spaces/cifar.yaml --address http://127.0.0.1:8265 --detach": "tests/test_detached.py has one",
+    "python -m search.front cifar --address http://127.0.0.1:8265": "tests/test_detached.py has one",
 }
 
 

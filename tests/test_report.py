@@ -149,6 +149,7 @@ def test_json_has_exactly_the_promised_shape() -> None:
         "seed": 2,
         "verification_state": "finished",
         "reason": None,
+        "deaths": [],
         "rungs": {},
     }
     assert configurations[2] == {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from search import execution
 from search.asking import Asker, Inline
 from search.budget import Budget
 from search.config import BudgetConfig, ResourcesConfig
+from search.deaths import Cause
 from search.driver_lock import DriverLock
 from search.pareto import hypervolume
 from search.records import RungValues, TrialResult
@@ -37,6 +39,9 @@ class Log:
 
     def started(self, key: str) -> None:
         self.events.append(("started", key))
+
+    def lost(self, key: str, reason: str) -> None:
+        self.events.append(("lost", key, reason))
 
     def advanced(self, key: str, phase: str, done: int, of: int) -> None:
         self.events.append(("advanced", key, phase, str(done), str(of)))
@@ -77,9 +82,13 @@ class FakeFiles:
 
     results: dict[str, TrialResult] = field(default_factory=dict)
     ends: list[tuple[str, ...]] = field(default_factory=list)
+    stored: dict[str, float] = field(default_factory=dict)
 
     def result(self, key: str) -> TrialResult | None:
         return self.results.get(key)
+
+    def stored_at(self, key: str, teacher: str | None) -> float | None:
+        return self.stored.get(key)
 
     def end_stopped_verification(self, key: str, result: TrialResult) -> None:
         self.ends.append(("verification", key, result.reason or ""))
@@ -94,6 +103,7 @@ class FakeFiles:
 @dataclass
 class FakeScheduler:
     stopped: dict[str, str] = field(default_factory=dict)
+    causes: dict[str, Cause] = field(default_factory=dict)
     is_halted: bool = False
 
     def halt(self) -> None:
@@ -136,7 +146,7 @@ def searcher_of(
     return StudySearcher(
         study,
         Budget(BudgetConfig(trials=target, **limits), ResourcesConfig(), study.trials),
-        slots,
+        lambda: slots,
         files or FakeFiles(),
         log,
         scheduler or FakeScheduler(),
@@ -609,11 +619,11 @@ def test_a_teacher_that_is_trained_elsewhere_is_not_there(study: Study, log: Log
 
 def test_a_waiting_point_of_an_older_version_has_no_parameters_yet(tmp_path: Path, study: Study, log: Log) -> None:
     database = tmp_path / "older.db"
-    (stored,) = (trial for trial in study._storage.get_all_trials(study._study_id) if trial.number == 1)
+    (stored,) = (trial for trial in study._storage.trials() if trial.number == 1)
     older = open_study(config_of(tmp_path, search__points=[]), database)
     assert older.space.points() == []
-    older._storage.create_new_trial(
-        older._study_id,
+    older._storage.create(
+        0,
         create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": stored.params}, user_attrs={"point": 0}),
     )
     older = open_study(config_of(tmp_path, search__points=[]), database)
@@ -724,6 +734,8 @@ def test_without_other_limits_the_search_ends_with_its_last_trial(study: Study, 
 def test_journals_of_a_study_whose_lock_was_lost_are_left_to_its_other_driver(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    storage: Any = SimpleNamespace(pull_trials=lambda study: None)
+
     class Lost:
         def still_held(self) -> bool:
             return False
@@ -731,7 +743,7 @@ def test_journals_of_a_study_whose_lock_was_lost_are_left_to_its_other_driver(
     closed: list[Any] = []
     monkeypatch.setattr(execution, "close_study", lambda *arguments: closed.append(arguments))
     for parts in ([Lost()], []):
-        execution._close(study.record(), None, "KILLED", DriverLock(parts))  # type: ignore[arg-type]
+        execution._close(study.record(), storage, "KILLED", DriverLock(parts))  # type: ignore[arg-type]
     assert [status for *_, status in closed] == ["KILLED"]
 
 

@@ -244,7 +244,7 @@ def test_a_failure_is_stored_with_its_reason_and_without_values(config: SearchCo
 def test_a_trial_that_was_nearly_given_up_may_fail_by_its_own_fault(config: SearchConfig, database: Path) -> None:
     """A kill came between the attributes of an end and the change of state."""
     study = open_study(config, database)
-    study._storage.set_trial_user_attr(study._ids[study.ask().number], "given_up", True)
+    study._storage.set_attribute(study._ids[study.ask().number], "given_up", True)
     study = open_study(config, database)
     study.tell_failed(0, "diverged")
     assert study.num_failed() == 1

@@ -244,12 +244,12 @@ def test_models_of_two_studies_and_odd_names_do_not_mix(
 def test_a_journal_carries_a_model(
     tracker: MlflowTracker, client: MlflowClient, trained: ModelInfo, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journals = tmp_path / "journal"
+    journals = trained.program.parent / "journal"
     save_study_info(journals, STUDY)
     with Journal(journals / "t1.jsonl") as journal:
         journal.start("t1", {"alpha": 0.5}, {})
         journal.model(trained)
-        journal.model(replace(trained, name="gone", program=tmp_path / "gone.pt2"))
+        journal.model(replace(trained, name="gone", program=journals.parent / "gone.pt2"))
         journal.end("FINISHED", {}, {})
     (row,) = [line.row for line in read_rows(journals / "t1.jsonl")[0] if isinstance(line.row, ModelRow)][:1]
     Delivery(journals, tracker).send()

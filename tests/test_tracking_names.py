@@ -44,6 +44,8 @@ TRACKER_TAGS = {
         mlflow_tracker._PARENT_TAG,
     },
 }
+# Of trials on a GPU, which are none here.
+GPU_TAGS = {"cert.peak_gpu_memory_mb"}
 
 
 @dataclass
@@ -99,7 +101,7 @@ def run(config: SearchConfig, storage: Storage, study: Study) -> None:
         return run_trial(task, dataset, device=CPU, reports=Silent(), train_student_fn=train)
 
     with FrontLog(journal, study, Redrawing(lambda record: {}), lambda: True) as log:
-        complete, failed, stopped = task_of(), task_of(), task_of()
+        complete, failed, stopped = task_of(deaths="1 node lost; 40 s lost"), task_of(), task_of()
         result = trial(complete)
         complete.places.model.mkdir()
         (complete.places.model / "model.json").write_text(json.dumps({"failure": "no operator", "metadata": {}}))
@@ -140,6 +142,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Names]:
         names = names_in(path)
         for kind in ("metrics", "tags", "artifacts"):
             getattr(found["trial"], kind).update(getattr(names, kind))
+    found["trial"].tags |= GPU_TAGS
     for where, tags in TRACKER_TAGS.items():
         found[where].tags |= tags
     (result,) = study.record().complete

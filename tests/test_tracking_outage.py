@@ -289,7 +289,9 @@ with Journal(journals / "t1.jsonl") as journal:
     journal.start("t1", {"number": number}, {})
     for step in range(100):
         journal.metrics(step, {"loss": step + number})
-    journal.artifact(Path(sys.argv[4]), "files")
+    file = journals.parent / "file.txt"
+    file.write_text("content")
+    journal.artifact(file, "files")
     journal.end("FINISHED", {}, {})
 import mlflow
 time.sleep(max(0.0, begin - time.time()))
@@ -302,13 +304,12 @@ sys.exit(delivery.rows_left())
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_eight_processes_open_a_fresh_store_at_once(tmp_path: Path) -> None:
-    script, file = tmp_path / "worker.py", tmp_path / "file.txt"
+    script = tmp_path / "worker.py"
     script.write_text(_WORKER)
-    file.write_text("content")
     begin = str(time.time() + 40)
     workers = [
         subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path), str(number), begin, str(file)],
+            [sys.executable, str(script), str(tmp_path), str(number), begin],
             cwd=ROOT,
             env={**_environment(), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,

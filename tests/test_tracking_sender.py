@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import random
 import threading
 import time
@@ -187,10 +188,11 @@ def test_metrics_that_follow_each_other_travel_together(journals: Path) -> None:
     assert tracker.calls == ["open_study", "start t1", *metrics, "end t1"]
 
 
-def test_the_study_speaks_after_its_trials(journals: Path, tmp_path: Path) -> None:
-    (tmp_path / "front.html").write_text("front")
+def test_the_study_speaks_after_its_trials(journals: Path) -> None:
+    page = journals.parent / "front.html"
+    page.write_text("front")
     with Journal(journals / STUDY_JOURNAL) as journal:
-        journal.study({"hypervolume": 0.5}, {}, {"front.html": tmp_path / "front.html"}, step=3)
+        journal.study({"hypervolume": 0.5}, {}, {"front.html": page}, step=3)
         journal.close_study("FINISHED")
     write_trial(journals, "zz")
     tracker = RecordingTracker()
@@ -369,13 +371,14 @@ def test_an_unfinished_last_line_waits(journals: Path) -> None:
 
 
 def test_broken_lines_missing_files_and_nan_are_named_and_passed(
-    journals: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    journals: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "there").write_text("x")
+    study = journals.parent
+    (study / "there").write_text("x")
     with Journal(journals / "t1.jsonl") as journal:
         journal.start("t1", {}, {})
-        journal.artifact(tmp_path / "gone")
-        journal.artifact(tmp_path / "there", "folder")
+        journal.artifact(study / "gone")
+        journal.artifact(study / "there", "folder")
         journal.metrics(0, {"loss": math.nan})
     with (journals / "t1.jsonl").open("a") as file:
         file.write("rubbish\n")
@@ -390,7 +393,7 @@ def test_broken_lines_missing_files_and_nan_are_named_and_passed(
     view = TrialView("RUNNING", {}, {"loss": [(1, 1.0)]}, frozenset({"folder/there"}))
     assert tracker.trials() == {"t1": view}
     assert len(caplog.records) == 4
-    assert f"{tmp_path / 'gone'}, which is not there" in caplog.text
+    assert f"{study / 'gone'}, which is not there" in caplog.text
     assert "skipped loss at step 0, which is not a number" in caplog.text
 
 
@@ -404,3 +407,22 @@ def test_completing_the_record_of_an_ended_study_leaves_it_ended(journals: Path)
     assert tracker.study_status == "FINISHED"
     Delivery(journals, tracker).send()
     assert tracker.study_status == "RUNNING"
+
+
+def test_a_quiet_journal_is_looked_at_seldom_and_is_not_forgotten(journals: Path) -> None:
+    """Of a hundred thousand journals most have ended; a verification that goes on adds to one of them."""
+    write_trial(journals, "t1", num_steps=1)
+    tracker = RecordingTracker()
+    delivery = Delivery(journals, tracker)
+    delivery.send()
+    path = journals / "t1.jsonl"
+    for _ in range(2):  # long ago, and nothing since
+        os.utime(path, (0, 0))
+        delivery.send()
+    with Journal(path) as journal:
+        journal.metrics(9, {"loss": 7.0})
+    delivery.send()
+    assert tracker.trials()["t1"].history["loss"][-1] != (9, 7.0)
+    assert delivery.rows_left() == 1  # whoever waits for the last rows is not kept waiting for the next look
+    delivery.send()
+    assert tracker.trials()["t1"].history["loss"][-1] == (9, 7.0)

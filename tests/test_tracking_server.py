@@ -62,7 +62,7 @@ def ui_server(storage: Path, port: int, end: signal.Signals) -> Iterator[str]:
 def write_study(storage: Path) -> Path:
     journals = storage / "artifacts" / STUDY.name / "journal"
     save_study_info(journals, STUDY)
-    figure = storage / "front.png"
+    figure = journals.parent / "front.png"
     figure.write_bytes(b"a picture")
     with Journal(journals / "t1.jsonl") as journal:
         journal.start("t1", {"alpha": 0.5}, {})

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ccdist.training import EpochReport, NonFiniteLossError, TrainingResult, tra
 from ccdist.verification import accuracies, verify
 from search import endings, verifying
 from search.config import StoppingConfig
-from search.disk_space import DiskFullError
+from search.disk_space import DiskFullError, StorageAwayError
 from search.endings import conclude_stopped, conclude_training_stopped, failure_reason
 from search.leases import Lease
 from search.places import TrialPlaces, discard, load_result
@@ -495,6 +496,7 @@ def test_without_stopping_nothing_is_judged(tmp_path: Path, dataset: Dataset) ->
 def test_what_a_report_counts_is_on_disk(tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunk by chunk: the interval narrows, its verdicts are stored, and one stopped there ends as if it were not."""
     monkeypatch.setattr(verifying, "REPORT_INTERVAL_S", 0.0)
+    monkeypatch.setattr(verifying, "RESTS", 0.0)  # the fake driver reads files before it answers
     tasks = []
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
@@ -691,6 +693,30 @@ def test_a_full_disk_is_no_failure(
             run(task, dataset, fakes)
     assert "\n" not in str(full.value)
     assert [row.kind for row in journal_rows(task) if row.kind == "end"] == []
+    result = run(task, dataset, fakes)
+    assert load_result(task.places) == result
+
+
+@pytest.mark.parametrize("target", ["ccdist.atomic_files.pq.write_table", "tracking.journal.os.write"])
+def test_a_folder_that_does_not_answer_is_no_failure(
+    target: str, tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker waits until it does, so that the trial's next attempt finds it."""
+    task, fakes, waits = task_of(tmp_path), Fakes(), []
+
+    def stale(*args: Any, **kwargs: Any) -> None:
+        if len(waits) < 4:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, stale)
+        patch.setattr("search.disk_space.tempfile.NamedTemporaryFile", lambda dir: nullcontext(stale()))
+        patch.setattr("search.patience.time.sleep", waits.append)
+        with pytest.raises(StorageAwayError, match=rf"^{task.places.folder}: Stale file handle$"):
+            run(task, dataset, fakes)
+    assert waits == [0.1, 0.2, 0.4, 0.8]
+    assert [row.kind for row in journal_rows(task) if row.kind == "end"] == []
+    assert load_result(task.places) is None
     result = run(task, dataset, fakes)
     assert load_result(task.places) == result
 

@@ -4,6 +4,7 @@ import errno
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from studies import config_of, result
 from ccdist.data import Dataset, ImageSet
 from search import worker
 from search.config import ResourcesConfig, StoppingConfig
-from search.disk_space import DiskFullError
+from search.disk_space import DiskFullError, StorageAwayError
 from search.places import TrialPlaces, save_result
 from search.records import RungValues
 from search.reports import Reports, WaitingForTeacher
+from search.shares import Share
 from search.space import Space
 from search.trial import TrialTask
-from search.worker import SharedDataset, Suggestion, TuneReports, next_timeout_factor, trainable
+from search.worker import SharedDataset, Suggestion, TuneReports, next_timeout_factor, share_of, trainable
+from search.workplace import Workplace
 
 PARAMS = {"loss": "no_distillation", "alpha": 0.5, "warm_up": 0.05, "steps": 1}
 KEY = "tiny-0003"
@@ -48,8 +51,7 @@ def work(folder: Path, *, resume: bool = False) -> None:
     try:
         trainable(
             suggestion(folder, resume=resume).to_config(),
-            study="tiny",
-            artifacts=str(folder),
+            workplace=Workplace(str(folder), "tiny"),
             shared=SharedDataset.of(dataset()),
             resources=ResourcesConfig(),
             stopping=StoppingConfig(training="fractions"),
@@ -69,6 +71,47 @@ def test_a_suggestion_survives_its_configuration(tmp_path: Path) -> None:
         config = sent.to_config()
         assert Suggestion.from_config(json.loads(json.dumps(config))) == sent
         assert all(isinstance(value, str) for value in config.values())
+    assert share_of(config) is None
+    sent = replace(sent, attempt=3, share=Share(2.0, 0.5, None), deaths="1 node lost; 4 s lost")
+    assert Suggestion.from_config(sent.to_config()) == sent
+    assert share_of(sent.to_config()) == sent.share
+
+
+@pytest.mark.parametrize(("gpu", "fraction"), [(0.25, 0.25), (1.0, 1.0), (2.0, 1.0)])
+def test_a_process_takes_what_its_trial_holds(gpu: float, fraction: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a larger share was found to be needed: the space file's is not read then."""
+    done: list[tuple[Any, ...]] = []
+    for name in ("set_per_process_memory_fraction", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *arguments, name=name: done.append((name, *arguments)))
+    monkeypatch.setattr(worker, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: done.append(("threads", number)))
+    device = torch.device("cuda", 0)
+    assert worker.prepare_process(Share(3.5, gpu)) == device
+    assert done == [
+        ("threads", 3),
+        ("set_per_process_memory_fraction", fraction, device),
+        ("reset_peak_memory_stats", device),
+    ]
+    done.clear()
+    assert worker.prepare_process(Share(0.5, 0.0)) == torch.device("cpu")
+    assert done == [("threads", 1)]
+
+
+def test_a_trial_runs_with_the_share_that_it_was_sent(
+    tmp_path: Path, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[Any] = []
+    monkeypatch.setattr(worker, "prepare_process", lambda share: held.append(share) or torch.device("cpu"))
+    monkeypatch.setattr(worker, "run_trial", lambda *_, **__: result())
+    for sent in (suggestion(tmp_path), replace(suggestion(tmp_path), share=Share(2.0, 0.0, 3.0))):
+        trainable(
+            sent.to_config(),
+            workplace=Workplace(str(tmp_path), "tiny"),
+            shared=SharedDataset.of(dataset()),
+            resources=ResourcesConfig(cpu=1.5),
+            stopping=StoppingConfig(),
+        )
+    assert held == [Share(1.5, 0.0), Share(2.0, 0.0, 3.0)]
 
 
 def test_a_result_is_reported_with_its_key(
@@ -94,6 +137,12 @@ def test_a_result_is_reported_with_its_key(
     [
         (WaitingForTeacher("abc", "tiny-0001"), {"state": "WAITING", "teacher": "abc"}),
         (DiskFullError("the disk of /x is full"), {"state": "PAUSED", "reason": "the disk of /x is full"}),
+        (StorageAwayError("/x: Stale"), {"state": "INTERRUPTED", "reason": "storage away: /x: Stale"}),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried 2 GiB"),
+            {"state": "OUT_OF_MEMORY", "reason": "out of memory: CUDA out of memory. Tried 2 GiB", "on_gpu": True},
+        ),
+        (MemoryError(), {"state": "OUT_OF_MEMORY", "reason": "out of memory", "on_gpu": False}),
         (ValueError("two\nlines"), {"state": "FAILED", "reason": "ValueError: two lines"}),
         (OSError(errno.EIO, "broken"), {"state": "FAILED", "reason": "OSError: [Errno 5] broken"}),
     ],
@@ -135,12 +184,13 @@ def test_a_stop_ends_the_worker_without_another_report(
 
 
 def test_only_progress_waits_for_its_second(told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 0.0, 0.4, 0.9, 1.1, 1.1, 1.2, 1.3, 1.4, 1.5])  # two readings for each report that is sent
-    monkeypatch.setattr(worker.time, "monotonic", lambda: next(times))
+    now = [0.0]
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
     reports = TuneReports(KEY)
     partial = replace(result(), verification_state="stopped", expected_certified=0.6)
-    for epoch in range(1, 6):
+    for epoch, now[0] in enumerate([0.0, 0.4, 0.9, 1.1, 1.2], start=1):
         reports.advanced("student", epoch, 9)
+    now[0] = 1.5
     reports.rung("after-ramp 0", RungValues(0.5, 0.25, 2.0))
     reports.verifying(partial, "pgd", 40, 100)
     reports.advanced("student", 9, 9)
@@ -153,6 +203,34 @@ def test_only_progress_waits_for_its_second(told: list[dict[str, Any]], monkeypa
     assert told[0] == {"key": KEY, "state": "RUNNING", "phase": "student", "step": 1, "steps": 9}
     assert json.loads(told[3]["result"]) == asdict(partial)
     assert (told[3]["phase"], told[3]["steps"]) == ("pgd", 100)
+
+
+def test_a_driver_that_answers_slowly_is_asked_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, sent = [0.0], []
+
+    def answered_late(_content: dict[str, Any]) -> None:
+        sent.append(now[0])
+        now[0] += 0.5
+
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(worker.tune, "report", answered_late)
+    reports = TuneReports(KEY)
+    for _ in range(300):
+        reports.advanced("student", 1, 9)
+        now[0] += 0.1
+    assert len(sent) == 4
+    assert all(10.0 <= later - earlier < 10.2 for earlier, later in pairwise(sent))
+    reports.advanced("verification", 1, 9)  # a phase that begins is told at once
+    assert len(sent) == 5
+    now[0] += 1000.0
+    reports.advanced("verification", 2, 9)
+    now[0] += 59.0  # after a driver that slept for an hour, too
+    monkeypatch.setattr(worker.tune, "report", lambda _content: now.__setitem__(0, now[0] + 3600.0))
+    reports.rung("after-ramp 0", RungValues(0.5, 0.25, 2.0))
+    monkeypatch.setattr(worker.tune, "report", answered_late)
+    now[0] += 60.0
+    reports.advanced("verification", 3, 9)
+    assert len(sent) == 7
 
 
 def test_a_resumed_verification_gets_more_time_each_time(

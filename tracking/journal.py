@@ -15,10 +15,10 @@ import re
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from tracking.tracker import ModelInfo, ParamValue, Status, StudyInfo
 
@@ -33,6 +33,24 @@ FORMAT_VERSION = 2
 _METRIC_NAME = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*", re.ASCII)
 _METRIC_NAME_LENGTH = 250
 _BLOCK = 1 << 16
+
+
+def _relative_path(path: str) -> str:
+    """A path as `Journal` writes them."""
+    if "\0" in path or path.startswith("/"):
+        raise ValueError(f"{path!r} is no path from the journal's folder")
+    return path
+
+
+def _place(name: str) -> str:
+    """A place among a run's artifacts."""
+    if not name.isprintable() or name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name!r} is no place among the artifacts of a run")
+    return name
+
+
+_Path = Annotated[str, AfterValidator(_relative_path)]
+_Place = Annotated[str, AfterValidator(_place)]
 
 
 class _Row(BaseModel):
@@ -59,16 +77,16 @@ class MetricsRow(_Row):
 
 class ArtifactRow(_Row):
     kind: Literal["artifact"]
-    path: str
-    folder: str
+    path: _Path
+    folder: _Place
 
 
 class ModelRow(_Row):
     kind: Literal["model"]
     name: str
-    program: str
+    program: _Path
     torch_version: str
-    files: list[str]
+    files: list[_Path]
     input_shape: list[int]
     num_outputs: int
     dataset: str
@@ -90,7 +108,7 @@ class StudyRow(_Row):
     step: int
     values: dict[str, float | None]
     tags: dict[str, str]
-    artifacts: dict[str, str]
+    artifacts: dict[_Place, _Path]
     description: str
 
 
@@ -149,7 +167,9 @@ class Journal:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = path.parent.resolve()
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        # Not through a link: in a shared folder it may have been laid by somebody else, to a file of this user's.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(path, flags, 0o644)
         _cut_torn_tail(self._descriptor)
 
     @property

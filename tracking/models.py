@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracking.tracker import TAG_TRIAL, ModelInfo
+from tracking.program_check import wrong_record
+from tracking.tracker import TAG_TRIAL, ModelInfo, RefusedError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -48,6 +49,10 @@ def log_model(
     if logged is None:
         raise RuntimeError(f"the model {model.name} was made, but MLflow does not show it")
     if not is_ready(logged):
+        if wrong := wrong_record(model.program):
+            raise RefusedError(
+                f"{model.program} is no program of a network and would be run when it is loaded: {wrong}"
+            )
         with tempfile.TemporaryDirectory() as folder:
             write_model(Path(folder), model, logged.model_id)
             client.log_model_artifacts(logged.model_id, folder)

@@ -6,9 +6,11 @@ the two is harmless.
 """
 
 import logging
+import os
+import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -41,6 +43,8 @@ _MAX_VALUES_PER_CALL = 1000
 _WHY_LENGTH = 300
 # What was said of a trouble: a login that is refused is worth a line of its own after a server that was away.
 _OUTAGE, _LOGIN = 1, 2
+# A journal to which nothing was added for so long is looked at more seldom: of 100,000 trials most have ended.
+_QUIET_S, _LOOK_AGAIN_S = 120.0, 30.0
 _LEAVE_S = 0.2  # enough for a thread that is not in the middle of a call
 
 
@@ -60,6 +64,7 @@ class Delivery:
         self._is_open = False
         self._offsets: dict[str, int] = {}
         self._failed: set[str] = set()  # journals, when they were last tried; the others come first
+        self._quiet: dict[str, float] = {}  # journal -> when it is looked at again
 
     def send(self) -> None:
         """Send everything there is, in order for each journal.
@@ -75,7 +80,8 @@ class Delivery:
             self._is_open = True
         first_error: Exception | None = None
         failures_in_a_row = 0
-        for path in self._paths():
+        now = time.monotonic()
+        for path in self._paths(lambda name: self._quiet.get(name, now) <= now):
             # Trials that fail again and again do not keep a study waiting whose tracker answers otherwise.
             if failures_in_a_row >= _MAX_FAILURES_IN_A_ROW and not (is_answered and path.name == STUDY_JOURNAL):
                 continue
@@ -98,15 +104,18 @@ class Delivery:
         for path in self._paths():
             offset = self._offset(path)
             if path.stat().st_size > offset:
+                self._quiet.pop(path.name, None)
                 with path.open("rb") as file:
                     file.seek(offset)
                     left += file.read().count(b"\n")
         return left
 
-    def _paths(self) -> list[Path]:
+    def _paths(self, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+        names = os.listdir(self.journals) if self.journals.exists() else []
+        found = [name for name in names if name.endswith(".jsonl") and wanted(name)]
         # The study last: what it says about its trials comes after what they said.
-        found = self.journals.glob("*.jsonl")
-        return sorted(found, key=lambda path: (path.name == STUDY_JOURNAL, path.name in self._failed, path.name))
+        found.sort(key=lambda name: (name == STUDY_JOURNAL, name in self._failed, name))
+        return [self.journals / name for name in found]
 
     def _offset(self, path: Path) -> int:
         if path.name not in self._offsets:
@@ -120,8 +129,11 @@ class Delivery:
         self._offsets[path.name] = offset
 
     def _send_journal(self, path: Path) -> None:
-        offset = self._offset(path)
-        if path.stat().st_size <= offset:
+        offset, status = self._offset(path), path.stat()
+        if status.st_size <= offset:
+            if time.time() - status.st_mtime > _QUIET_S:
+                # Not all at the same moment.
+                self._quiet[path.name] = time.monotonic() + _LOOK_AGAIN_S * random.uniform(1, 2)
             return
         lines, end = read_rows(path, offset)
         for group in _groups(lines):
@@ -191,10 +203,17 @@ class Delivery:
         )
 
     def _existing(self, path: Path, target: str) -> Path | None:
-        file = (self.journals / target).resolve()
-        if file.exists():
+        """What a row names; None where it is gone, or lies elsewhere than the study's other files.
+
+        Whoever can write a journal could have any file of this machine sent otherwise, by its path or through a link.
+        """
+        study, file = self.journals.resolve().parent, (self.journals / target).resolve()
+        if not all(each.resolve().is_relative_to(study) for each in (file, *file.rglob("*"))):
+            log.warning("%s: skipped the artifact %s, which leads out of the study's folder %s", path, target, study)
+        elif file.exists():
             return file
-        log.warning("%s: skipped the artifact %s, which is not there any more", path, file)
+        else:
+            log.warning("%s: skipped the artifact %s, which is not there any more", path, file)
         return None
 
 

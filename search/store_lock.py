@@ -1,0 +1,69 @@
+"""One driver for a study's folder in an object store, whatever its database: a lease that the driver keeps.
+
+The lock in the study's database already keeps out every other driver of that database. The lease is about copies of it,
+such as a study.db that was copied to another machine: they know nothing of each other's locks and write one folder.
+"""
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from search import leases
+from search.artifact_place import ArtifactPlace
+from search.database import is_postgres, sqlite_file, without_password
+from search.leases import Lease, Leases
+from search.locks import LockedError
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 2.0
+
+
+@dataclass(frozen=True)
+class StoreLock:
+    """The lease of a driver."""
+
+    lease: Lease
+
+    def still_held(self) -> bool:
+        """Whether nobody has taken this driver for dead."""
+        return not self.lease.lost
+
+
+@contextmanager
+def store_lock(place: ArtifactPlace, study: str, study_url: str) -> Iterator[StoreLock]:
+    """The lease of a study in a store.
+
+    A driver that holds the lock in a database knows that every other holder of that database's name is dead.
+
+    Raises:
+        LockedError: a driver with another database has it.
+        UnreachableError: the store does not answer.
+    """
+    filesystem, root = place.open()
+    watched, holder = Leases(filesystem, f"{root}/{study}/lock", expiry_s=leases.EXPIRY_S), _holder(study_url)
+    until, told = time.monotonic() + leases.EXPIRY_S + 2 * _POLL_S, False
+    while not isinstance(lease := watched.acquire("driver", holder), Lease):
+        if time.monotonic() >= until:
+            raise LockedError(
+                f"study {study} in {place} is held by a search with the database {lease.holder}, which still runs; "
+                "wait for it, or stop it first"
+            )
+        if not told:
+            log.warning("study %s in %s is held by a search with the database %s: waiting up to %.0f s for a sign of "
+                        "life", study, place, lease.holder, leases.EXPIRY_S)  # fmt: skip
+            told = True
+        time.sleep(_POLL_S)
+    with lease:
+        yield StoreLock(lease)
+
+
+def _holder(study_url: str) -> str:
+    """The database by a name that is the same on every machine from which it is one and the same."""
+    file = sqlite_file(study_url)
+    if file is not None:
+        return f"{file.resolve()} on {socket.gethostname()}"
+    return "postgresql" if is_postgres(study_url) else without_password(study_url)
