@@ -366,12 +366,13 @@ def test_slots_are_recounted_on_a_cluster_only(head: str, monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("alone")
 def test_workers_run_the_code_of_the_driver(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeRay(monkeypatch, [node(2)])
+    monkeypatch.setattr(shipping, "source_commit", lambda: "0123456789ab")
     with connected(ResourcesConfig(), 1000, head):
         pass
     sent = fake.calls[0]["runtime_env"]
     assert {Path(folder).name for folder in sent["py_modules"]} == {"ccdist", "search", "tracking"}
     assert all((Path(folder) / "__init__.py").is_file() for folder in sent["py_modules"])
-    assert sent["env_vars"] == {"CCDIST_COMMIT": source_commit()}
+    assert sent["env_vars"] == {"CCDIST_COMMIT": "0123456789ab"}
     # A job was sent with its code, and Ray refuses to be told twice.
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"py_modules": ["gcs://a.zip"]}}')
     assert shipping.workers_env() == {}
