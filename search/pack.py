@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from search.config import SearchConfig, find_space_file, load_search_config
-from search.errors import UserError
+from search.errors import UserError, check_seconds
 from search.packing import GIB, Machine, Packing, in_yaml, memory_setting, settings, table
 from search.probe import TrialUsage, searched_data, trial_samples
 from search.side_by_side import measure_packing, this_machine
@@ -23,8 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         config = load_search_config(find_space_file(args.space), args.set)
-        if args.seconds <= 0:
-            raise UserError(f"--seconds {args.seconds:g}; expected a number above 0")
+        check_seconds(args.seconds)
         return pack(config, Space(config), args.seconds, args.address or os.environ.get("RAY_ADDRESS"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -69,6 +68,9 @@ def lines(where: str, packing: Packing, config: SearchConfig) -> Iterator[str]:
     yield from table(packing.exploration.measured)
     if packing.exploration.ended:
         yield f"more were not measured: {packing.exploration.ended}"
+    if len(packing.exploration.measured) == 1 and packing.exploration.out_of_time:
+        yield "so there is nothing to compare, and nothing to propose; give it more time, for example --seconds 240"
+        return
     if level.gpu:
         cap = level.gpu * machine.gpu_memory / GIB
         yield f"a trial's share of the GPU's memory is its cap: {cap:.3g} GiB; a trial that needs more fails"

@@ -112,6 +112,7 @@ class Exploration:
 
     measured: list[Measured] = field(default_factory=list)
     ended: str = ""
+    out_of_time: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def explore(
     except NoTimeError:
         if not readings:
             raise
-        found.ended = f"no time was left for {level.copies} at once"
+        found.ended, found.out_of_time = f"no time was left for {level.copies} at once", True
     with suppress(NoTimeError):
         for _ in range(rounds - 1):
             for level in list(readings):

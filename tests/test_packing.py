@@ -20,7 +20,7 @@ from ccdist.data import load_dataset
 from ccdist.device_usage import Gpu, Usage, gpus, host_memory, peak_memory, reset_peak_memory, used
 from ccdist.networks import build_network
 from search import pack, packing, side_by_side
-from search.config import load_search_config
+from search.config import find_space_file, load_search_config
 from search.packing import (
     GIB,
     Exploration,
@@ -294,6 +294,17 @@ def test_the_command_prints_its_proposal(
     assert "most trials an hour: 4 at once; --set resources.gpu=0.25 --set resources.cpu=2\n" in printed
     assert "in the space file: resources: {cpu: 2, gpu: 0.25}" in printed
     assert "--set resources.memory_gb=3.3" in printed
+
+
+def test_one_level_for_want_of_time_proposes_nothing() -> None:
+    found = FakeDevice({1: 10, 2: NoTimeError("late")}).explore(100)
+    config = load_search_config(find_space_file("digits"))
+    packing = Packing(machine(8, 60), (usage(2),), found, found.measured[0])
+    told = list(pack.lines("here", packing, config))
+    assert told[-1] == (
+        "so there is nothing to compare, and nothing to propose; give it more time, for example --seconds 240"
+    )
+    assert not any("--set" in line for line in told)
 
 
 @pytest.mark.parametrize(
