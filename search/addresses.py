@@ -9,6 +9,7 @@ Ray itself tries for a minute, and fails with pages of its own log; here a look 
 """
 
 import os
+import re
 import socket
 import struct
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError
 
 from search.errors import UserError
+from tracking.address import shown
 
 VARIABLE = "RAY_ADDRESS"
 # How long a cluster may take to answer at all.
@@ -39,18 +41,26 @@ class ClusterError(UserError):
 
 @dataclass(frozen=True)
 class Address:
-    """What was asked for, and in which words; nothing was asked for if `value` is empty."""
+    """What was asked for, and in which words, without a secret; nothing was asked for if `value` is empty."""
 
     value: str
     words: str
 
     @classmethod
     def of(cls, option: str | None) -> "Address":
-        """The option wins over the environment."""
-        if option:
-            return cls(option, f"--address {option}")
-        value = os.environ.get(VARIABLE, "")
-        return cls(value, f"{VARIABLE}={value}")
+        """The option wins over the environment.
+
+        Raises:
+            ClusterError: there is a login in it, which job commands and messages would repeat.
+        """
+        value = option or os.environ.get(VARIABLE, "")
+        words = f"--address {shown(value)}" if option else f"{VARIABLE}={shown(value)}"
+        if shown(value) != value:
+            raise ClusterError(
+                f"{words} holds a login or an option, which no head asks for: leave it out; a cluster's token is taken "
+                "from RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            )
+        return cls(value, words)
 
     @property
     def is_dashboard(self) -> bool:
@@ -86,7 +96,7 @@ def cluster_address(asked: Address) -> str | None:
             )
         return None
     host, _, port = asked.value.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise ClusterError(f"{asked.words}: expected auto, local, HOST:PORT of a head, or http://HOST:PORT")
     if not _answers(asked.value):
         raise ClusterError(
@@ -107,7 +117,7 @@ def _answers(address: str) -> bool:
             connection.sendall(_GREETING)
             head = connection.recv(_FRAME_HEAD, socket.MSG_WAITALL)
             return len(head) == _FRAME_HEAD and head[3] == _SETTINGS
-    except OSError:
+    except (OSError, ValueError):  # the second of a name that can be none, such as a..b
         return False
 
 

@@ -80,12 +80,28 @@ class ArtifactPlace:
         """The file system, one for each process, and the folder in it.
 
         Raises:
-            PlaceError: there is no such store, or it does not say where its bucket is.
+            PlaceError: there is no such kind of store.
+            UnreachableError: it stays away, or does not say where its bucket is.
         """
         try:
             return _opened(self.uri)
         except (ArrowException, OSError, ImportError, ValueError) as error:
-            raise PlaceError(f"{self} is no storage that can be used ({remote_files.one_line(error)})") from None
+            raise PlaceError(
+                f"{self} is no storage that can be used ({remote_files.one_line(error)}); {_EXPECTED}"
+            ) from None
+
+    def check_there(self) -> None:
+        """Whether there is such a bucket, or with a mounted file system such a folder; writes nothing.
+
+        Raises:
+            PlaceError: there is none.
+            UnreachableError: the store does not answer, or refuses.
+        """
+        filesystem, root = self.open()
+        top = root if root.startswith("/") else root.partition("/")[0]
+        if not remote_files.is_there(filesystem, top):
+            what = "folder" if top == root else "bucket or container"
+            raise PlaceError(f"storage {self}: there is no {what} {top}; make it, or correct storage.artifacts")
 
     def check(self) -> None:
         """Write, list, read and delete a small file.
@@ -93,10 +109,10 @@ class ArtifactPlace:
         Raises:
             PlaceError: one of them does not work.
         """
-        filesystem, root = self.open()
-        folder, name = f"{root}/.probe-{uuid.uuid4().hex}", "file"
         try:
             with remote_files.impatient():
+                filesystem, root = self.open()
+                folder, name = f"{root}/.probe-{uuid.uuid4().hex}", "file"
                 remote_files.publish(filesystem, f"{folder}/{name}", b"probe")
                 if remote_files.names(filesystem, folder) != [name]:
                     raise PlaceError(f"storage {self} does not list a file that was written to it")
@@ -135,7 +151,7 @@ def _opened(uri: str) -> tuple[FileSystem, str]:
     if uri.startswith("s3://") and "allow_delayed_open=" not in uri:
         # A small file is then one request and not three.
         uri += f"{'&' if '?' in uri else '?'}allow_delayed_open=true"
-    filesystem, root = FileSystem.from_uri(uri)
+    filesystem, root = remote_files.connected(uri)
     if not isinstance(filesystem, LocalFileSystem) and not root.strip("/"):
         raise ValueError("no bucket is named")
     return filesystem, root.rstrip("/")

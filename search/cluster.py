@@ -118,7 +118,13 @@ def _counted(resources: ResourcesConfig, is_shared: bool, tell: Callable[[str], 
     """Trials at once: as the space file says, else as many as fit on the nodes that are there."""
     asked = resources.concurrency
     if is_shared and asked != "auto":
-        return lambda: asked  # a cluster may start nodes once trials wait for them
+        counted = Slots(lambda: _num_fitting(resources), asked, tell)
+
+        def as_asked() -> int:
+            counted()  # that is told, and changes nothing: a cluster may start nodes once trials wait for them
+            return asked
+
+        return as_asked
     fitting = _slots(resources)
     if is_shared:
         return Slots(lambda: _num_fitting(resources), fitting, tell)

@@ -1,10 +1,13 @@
 """What `search.doctor --cluster` asks: the nodes of a cluster, and from this machine the database and MLflow."""
 
+import http.client
+import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import sqlalchemy
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
@@ -13,7 +16,7 @@ from search.addresses import ClusterError
 from search.cluster import Cluster, connected
 from search.config import SearchConfig
 from search.consistency import Finding
-from search.database import POSTGRES_CONNECTION, is_postgres, one_line_errors, postgres_url, sqlite_file
+from search.database import POSTGRES_CONNECTION, StudyError, check_kind, one_line_errors, postgres_url, sqlite_file
 from search.errors import UserError
 from search.mounts import current_mounts
 from search.node_probes import FACTS_S, NodeFacts, ask_nodes, facts_here, living_nodes, measure_on, one_of_each_kind
@@ -94,17 +97,40 @@ def check_database(url: str) -> Finding:
     try:
         if file is not None:
             check_local(file, current_mounts())
+            _check_usable(file)
             text = f"SQLite, {file}: only a driver on this host can go on with the study (postgresql://... for others)"
             return Finding("study database", text, fine=True)
-        if is_postgres(url):
-            with one_line_errors(url):
-                engine = sqlalchemy.create_engine(postgres_url(url), connect_args=POSTGRES_CONNECTION)
-                with engine.connect():
-                    pass
-                engine.dispose()
+        check_kind(url)
+        with one_line_errors(url):
+            engine = sqlalchemy.create_engine(postgres_url(url), connect_args=POSTGRES_CONNECTION)
+            with engine.connect():
+                pass
+            engine.dispose()
     except UserError as error:
         return Finding("study database", str(error))
     return Finding("study database", "PostgreSQL, reached: a driver on any host can go on with the study", fine=True)
+
+
+def _check_usable(file: Path) -> None:
+    """Whether a driver here can open that SQLite database, or make it.
+
+    Raises:
+        StudyError: it cannot.
+    """
+    if file == Path(":memory:"):
+        raise StudyError("study database sqlite:///:memory: ends with its driver; give it a file")
+    place = file if file.exists() else next(folder for folder in file.resolve().parents if folder.exists())
+    if not os.access(place, os.R_OK | os.W_OK):
+        raise StudyError(f"study database {file} cannot be written ({place} may not); choose another --storage")
+    if place != file and not place.is_dir():
+        raise StudyError(f"study database {file} cannot be made ({place} is no folder); choose another --storage")
+    if place == file and not (file.is_file() and _is_sqlite(file)):
+        raise StudyError(f"study database {file} is no SQLite file; move it away, or choose another --storage")
+
+
+def _is_sqlite(file: Path) -> bool:
+    with file.open("rb") as content:
+        return content.read(16) in (b"", b"SQLite format 3\0")
 
 
 def check_tracking(uri: str | None, enabled: bool) -> Finding:
@@ -124,6 +150,6 @@ def check_tracking(uri: str | None, enabled: bool) -> Finding:
         if error.code in _NEEDS_LOGIN:
             return Finding(subject, f"{uri} answers here and wants a login ({HOW_TO_LOG_IN}); {nodes}", fine=True)
         reason = f"answers with status {error.code} and not as MLflow does"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = f"does not answer here ({getattr(error, 'reason', None) or error})"
     return Finding(subject, f"{uri} {reason}; start the server or correct tracking.uri: rows would wait in journals")

@@ -14,6 +14,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from search.errors import UserError
+from tracking.address import shown
 
 # A peer that is gone without a word is noticed within half a minute, on an idle connection and in a query alike.
 POSTGRES_CONNECTION: dict[str, Any] = {
@@ -47,6 +48,16 @@ def is_postgres(url: str) -> bool:
     return re.match(r"postgres(ql)?(\+\w+)?://", url) is not None
 
 
+def check_kind(url: str) -> None:
+    """Whether it is the address of a database that studies can be in; asks no server.
+
+    Raises:
+        StudyError: it is not.
+    """
+    if sqlite_file(url) is None and not is_postgres(url):
+        raise StudyError(f"study database {shown(url)}: {_EXPECTED}")
+
+
 def postgres_url(url: str) -> str:
     """The URL with the driver that the postgres extra installs, where it names none: SQLAlchemy's own is older."""
     return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
@@ -58,17 +69,15 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
     Raises:
         StudyError: it cannot be opened, or is none.
     """
+    check_kind(url)
     with one_line_errors(url):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         if is_postgres(url):
             # The ping replaces connections that a restart of the server has broken.
             options = {"pool_pre_ping": True, "connect_args": POSTGRES_CONNECTION}
             return _opened(optuna.storages.RDBStorage(postgres_url(url), engine_kwargs=options), url)
-        database = sqlite_file(url)
-        if database is None:
-            raise StudyError(f"study database {without_password(url)}: {_EXPECTED}")
         # Write-ahead logging lets `search.front` read while a search writes; it is a property of the file.
-        connection = sqlite3.connect(database)
+        connection = sqlite3.connect(url.removeprefix("sqlite:///"))
         try:
             connection.execute("PRAGMA journal_mode=WAL")
         finally:

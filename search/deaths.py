@@ -4,8 +4,9 @@ A worker can vanish at any moment, with its node or alone. Its trial is put back
 from its last stored state, as its next attempt; each such end is kept in the study as a `Death`.
 
 `Death.lost_seconds` runs from the trial's last stored state, or from the start of the attempt if it stored none, to
-the moment at which the driver heard of the end: work that is done again, and what it took to notice. Attempts that
-ended because their driver did are no deaths: nobody was there to see when.
+the moment at which the driver heard of the end: work that is done again, and what it took to notice. An attempt starts
+when its worker does: time in Ray's queue costs nothing. Attempts that ended because their driver did are no deaths:
+nobody was there to see when.
 """
 
 from collections import Counter
@@ -28,7 +29,8 @@ OUT_OF_MEMORY = "out of memory"
 # The trial's folder did not answer for a while; ": " and what was said follow. The worker lived on.
 STORAGE_AWAY = "storage away"
 
-# A trial that kills its worker does it again; nodes die for reasons that are not the trial's, but not for ever.
+# A trial that kills its worker does it again. Nodes die for reasons that are not the trial's, but not for ever: of such
+# deaths those count that came since an attempt last stored a state.
 WORKER_DEATHS, OTHER_DEATHS = 3, 20
 _OF_SURROUNDINGS = (NODE_LOST, NODE_PREEMPTED, STORAGE_AWAY)
 _OF_MEMORY = (KILLED_FOR_MEMORY, OUT_OF_MEMORY)
@@ -53,17 +55,27 @@ def is_of_surroundings(reason: str) -> bool:
 
 
 def is_of_memory(reason: str) -> bool:
-    """Whether more memory would have helped; `search.shares` bounds these, as each one raises the trial's share."""
+    """Whether more memory would have helped; `search.shares` bounds these, where it can raise the trial's share."""
     return kind(reason) in _OF_MEMORY
 
 
-def exhausted(deaths: Sequence[Death]) -> str | None:
-    """Why a trial with these deaths is not tried again; None: it is."""
-    of_surroundings = sum(is_of_surroundings(death.reason) for death in deaths)
-    of_workers = sum(not is_of_surroundings(death.reason) and not is_of_memory(death.reason) for death in deaths)
+def exhausted(deaths: Sequence[Death], *, even_of_memory: bool = False) -> str | None:
+    """Why a trial with these deaths is not tried again; None: it is.
+
+    even_of_memory: those for want of memory count, too, as nothing bounds them.
+    """
+    of_surroundings = sum(is_of_surroundings(death.reason) for death in _in_vain(deaths))
+    others = [death.reason for death in deaths if not is_of_surroundings(death.reason)]
+    of_workers = sum(even_of_memory or not is_of_memory(reason) for reason in others)
     if of_workers <= WORKER_DEATHS and of_surroundings <= OTHER_DEATHS:
         return None
     return f"worker died {len(deaths)} times: {reasons_text(deaths)}; the last one: {deaths[-1].reason}"
+
+
+def _in_vain(deaths: Sequence[Death]) -> Sequence[Death]:
+    """Those of the attempts since the last one that brought the trial further."""
+    last = max((index for index, death in enumerate(deaths) if death.advanced), default=-1)
+    return deaths[last + 1 :]
 
 
 def reasons_text(deaths: Iterable[Death]) -> str:

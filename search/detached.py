@@ -10,12 +10,17 @@ from pathlib import Path
 
 from search.addresses import Address, ClusterError
 from search.config import SearchConfig
-from search.jobs import Jobs, check_no_password, command
+from search.database import StudyError, check_kind
+from search.jobs import Jobs, check_no_login, command
+from tracking.address import Address as Place
+from tracking.address import AddressError, shown
 
 # A driver that is told to stop writes the end of its study; Ray's own patience is 3 s.
 STOP_S = 120
 # How long a front may take: the head unpacks the code, reads the study and draws the report.
 FRONT_S = 180.0
+# How long a search that was handed over is watched: what is wrong with it is told before its driver joins the cluster.
+WATCH_S = 30.0
 _LOOK_S = 0.5
 _OUTPUT, _ERRORS = "ccdist: output follows", "ccdist: errors follow, exit code "
 
@@ -31,10 +36,10 @@ def detach(
         variables: of the environment, for the driver.
 
     Raises:
-        ClusterError: no cluster takes it, or it runs already.
+        ClusterError: no cluster takes it, it runs already, or it ends at once with an error.
     """
-    check_no_password(arguments)
-    study = config.study_name
+    check_no_login(arguments)
+    study, place = config.study_name, _place_there(config, arguments)
     jobs = Jobs(Address.of(address))
     running = jobs.running(study)
     if running is not None:
@@ -44,14 +49,45 @@ def detach(
         )
     entrypoint = command("search.run", [str(space), *arguments], space)
     job = jobs.submit(study, entrypoint, space, {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_S), **variables})
-    storage = ["--storage", arguments[arguments.index("--storage") + 1]] if "--storage" in arguments else []
-    front = shlex.join(["python", "-m", "search.front", study, "--address", jobs.url, *storage])
+    _check_start(jobs, job, study)
+    front = shlex.join(["python", "-m", "search.front", study, "--address", jobs.url, *place])
     print(
         f"study {study}: job {job} on {jobs.url}; its paths are the head's, relative ones in the home folder there\n"
         f"  log:   ray job logs --follow {job} --address {jobs.url}\n"
         f"  front: {front}\n"
         f"  stop:  ray job stop {job} --address {jobs.url}"
     )
+
+
+def _check_start(jobs: Jobs, job: str, study: str) -> None:
+    """Watch a job until its driver is at work, or for some seconds.
+
+    Raises:
+        ClusterError: it has ended with an error, whose last line this tells.
+    """
+    until = time.monotonic() + WATCH_S
+    while time.monotonic() < until:
+        has_ended, log = jobs.has_ended(job), jobs.logs(job)  # in this order: the log of an ended job is whole
+        errors = [line for line in log.splitlines() if line.startswith("error: ")]
+        if has_ended and errors:
+            raise ClusterError(f"{errors[-1].removeprefix('error: ')} (job {job} on {jobs.url})")
+        if has_ended or f"study {study}" in log:
+            return
+        time.sleep(_LOOK_S)
+
+
+def _place_there(config: SearchConfig, arguments: Sequence[str]) -> list[str]:
+    """How search.front finds the study on the head: an option, without a password."""
+    if "--storage" in arguments:
+        return ["--storage", arguments[arguments.index("--storage") + 1]]
+    url = config.storage.study
+    if url is None:
+        return []
+    check_kind(url)
+    try:
+        return ["--study-url", Place.of(url).open]
+    except AddressError as error:
+        raise StudyError(f"study database {shown(url)} {error}") from None
 
 
 def front_there(args: argparse.Namespace) -> int:
@@ -63,7 +99,7 @@ def front_there(args: argparse.Namespace) -> int:
     space = Path(args.study)
     file = space if space.suffix in (".yaml", ".yml") and space.is_file() else None
     arguments = [args.study, *_front_options(args)]
-    check_no_password(arguments)
+    check_no_login(arguments)
     jobs = Jobs(Address.of(args.address))
     inner = command("search.front", arguments, file)
     job = jobs.start(_apart(f"export COLUMNS={shutil.get_terminal_size().columns}; {inner}"), file)

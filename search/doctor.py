@@ -13,11 +13,12 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from ccdist.checkpoint import CorruptCheckpointError
 from search.checkup import Checkup, check_database
 from search.config import find_space_file, load_search_config
 from search.consistency import Finding
 from search.database import StudyError, sqlite_file
-from search.errors import UserError
+from search.errors import UserError, check_seconds
 from search.locks import LockedError
 from search.mirror import whole
 from search.records import StudyRecord
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return examine_cluster(args)
         _refuse_options(args, ("set", "address"), "belongs to --cluster")
         return examine(*_place(args), repair=args.repair, mlflow=not args.no_mlflow)
-    except UserError as error:
+    except (UserError, CorruptCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
 
@@ -51,7 +52,7 @@ def examine(storage: Storage, study: str, *, repair: bool, mlflow: bool = True) 
         The exit code.
 
     Raises:
-        UserError: there is no such study.
+        UserError, CorruptCheckpointError: there is no such study, or its artefacts cannot be read.
     """
     database = sqlite_file(storage.study_url)
     if database is not None:
@@ -100,11 +101,12 @@ def examine_cluster(args: argparse.Namespace) -> int:
         UserError: the space file is wrong, or the cluster cannot be used.
     """
     _refuse_options(args, ("repair", "no_mlflow", "study_url", "artifacts"), "is not for --cluster")
+    check_seconds(args.seconds)
     config = load_search_config(find_space_file(args.study), args.set)
-    space = Space(config)
+    space, storage = Space(config), Storage.asked_for(config, args.storage, args.set)
     from search.cluster_checkup import examine_cluster as look  # Ray: seconds to import
 
-    examined = look(config, space, Storage.of(config, args.storage), address=args.address, seconds=args.seconds)
+    examined = look(config, space, storage, address=args.address, seconds=args.seconds)
     _print(examined.findings)
     print(examined.summary)
     return LEFT if any(not finding.fine for finding in examined.findings) else OK

@@ -26,7 +26,7 @@ from search.driver_lock import DriverLock
 from search.front_log import FrontLog
 from search.listeners import Listeners
 from search.local_ray import keys_stay_here
-from search.nodes import Leaving, Roomiest
+from search.nodes import Leaving, Roomiest, ids_on
 from search.progress import Progress
 from search.ray_deaths import watched
 from search.reach import check_nodes
@@ -36,13 +36,14 @@ from search.scheduler import StudyScheduler
 from search.searcher import StudySearcher
 from search.shares import Share
 from search.space import Space
+from search.starts import Starts
 from search.storage import Storage
 from search.study import Assignment, Study
 from search.study_files import draw
 from search.teachers import TeacherStore, teacher_key
 from search.trial_files import TrialFiles
 from search.waiting import TeacherQueue
-from search.worker import SharedDataset, share_of, trainable
+from search.worker import SharedDataset, avoid_of, share_of, trainable
 from tracking.journal import STUDY_JOURNAL
 from tracking.tracker import Status
 
@@ -87,6 +88,7 @@ def execute(
             check_nodes(storage.workers_artifacts)
         study = study_type.open(config, space, storage.study_url, dataset.fingerprint, lock)
         storage.claim(config.study_name, study.identifier)
+        study.note_artifacts(str(storage.workers_artifacts))
         before = study.record()
         console.print(
             f"study {before.name}: {config.data.name}, threat {config.threat}, {len(before.done)} of "
@@ -148,6 +150,7 @@ def _fit(
             TeacherQueue(partial(_teacher_of, study, fingerprint), TeacherStore.of(storage.teachers)),
             lock.still_held,
             Roomiest(study.config.resources),
+            partial(ids_on, study.config.resources),
         )
         tuner = _tuner(study.config, storage, shared, searcher, scheduler, scratch)
         with progress, front_log, _quick_collections():
@@ -214,14 +217,19 @@ def _tuner(
             verbose=0,
             # The searcher tries again, and keeps the account.
             failure_config=tune.FailureConfig(max_failures=0),
+            callbacks=[Starts(searcher)],
         ),
     )
 
 
 def _held(resources: ResourcesConfig, config: dict[str, Any]) -> tune.PlacementGroupFactory:
     """What Ray keeps for the trial of a Tune configuration."""
-    share = share_of(config) if "trial" in config else None  # Tune asks without a trial, too
-    return tune.PlacementGroupFactory([(share or Share.of(resources)).bundle(resources.custom)])
+    share, avoid = (share_of(config), avoid_of(config)) if "trial" in config else (None, ())  # Tune asks without, too
+    bundle = (share or Share.of(resources)).bundle(resources.custom)
+    if not avoid:
+        return tune.PlacementGroupFactory([bundle])
+    elsewhere = {"ray.io/node-id": f"!in({','.join(avoid)})"}
+    return tune.PlacementGroupFactory([bundle], bundle_label_selector=[elsewhere])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ccdist.checkpoint import CorruptCheckpointError
 from search.config import load_search_config
 from search.errors import UserError
 from search.mirror import verdicts
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             storage.pull(name, verdicts)
             return _from_verdicts(record, storage.artifacts, args)
         report = _written_report(record, storage.study_folder(name))
-    except UserError as error:
+    except (UserError, CorruptCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     _show(record, args)

@@ -70,7 +70,7 @@ class FrontLog:
     def started(self, key: str) -> None:
         self._safely(self._poll)
 
-    def lost(self, key: str, reason: str) -> None:
+    def lost(self, key: str, reason: str, *, goes_on: bool = True) -> None:
         self._safely(self._poll)
 
     def advanced(self, key: str, phase: str, done: int, of: int) -> None:

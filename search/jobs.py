@@ -8,6 +8,7 @@ import http.client
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -31,12 +32,16 @@ from search.addresses import (
     cluster_address,
     token_text,
 )
-from search.database import without_password
+from search.artifact_place import ArtifactPlace, PlaceError
+from search.database import is_postgres, without_password
 from search.shipping import runtime_env
+from tracking.address import Address as Place
+from tracking.address import AddressError, is_server, shown
 
 # Ray's own client lets these win over what it is given.
 _OVERRIDES = (VARIABLE, "RAY_API_SERVER_ADDRESS")
 _STUDY = "ccdist_study"
+_URL = re.compile(r"[A-Za-z][\w+.-]*://\S*")
 # Where a job finds the file that came with it.
 _FILE = '"$PWD"/'
 
@@ -108,7 +113,7 @@ def command(module: str, arguments: Sequence[str], file: Path | None = None) -> 
         arguments: those of the module; `file` stands for the copy that comes with the job.
     """
     words = " ".join(
-        _FILE + shlex.quote(file.name) if file and word == str(file) else _quoted(word) for word in arguments
+        _FILE + shlex.quote(file.name) if file and Path(word) == file else _quoted(word) for word in arguments
     )
     # The home folder is no place to import from (-P): it may well have a folder named ccdist.
     return f'{{ set -- {words}; cd; }} && exec python -P -m {module} "$@"'
@@ -119,18 +124,37 @@ def _quoted(word: str) -> str:
     return "~/" + shlex.quote(word[2:]) if word.startswith("~/") else shlex.quote(word)
 
 
-def check_no_password(arguments: Sequence[str]) -> None:
+def check_no_login(arguments: Sequence[str]) -> None:
     """Whoever sees a cluster's dashboard reads the commands of its jobs.
 
     Raises:
-        ClusterError: there is a password in one.
+        ClusterError: there is a login in one, or what may be.
     """
     for argument in arguments:
-        if without_password(argument) != argument:
+        if without_password(argument) != argument or any(map(_may_hold_login, _URL.findall(argument))):
             raise ClusterError(
-                f"{without_password(argument)}: a password in a job's command is shown on the cluster's dashboard; "
-                "leave it out and use PGPASSWORD or ~/.pgpass on the head"
+                f"{_without_login(argument)}: a login in a job's command is shown on the cluster's dashboard; leave it "
+                "out and use PGPASSWORD or ~/.pgpass on the head, or the variables of the store's or MLflow's own "
+                "tools there"
             )
+
+
+def _without_login(argument: str) -> str:
+    """An argument in which everything that may be a login, from the first address on, is hidden."""
+    first = _URL.search(argument)
+    begin = len(argument) if first is None else first.start()
+    return without_password(argument[:begin]) + shown(argument[begin:])
+
+
+def _may_hold_login(url: str) -> bool:
+    url = url.rstrip("\"'}],")  # of a list or a mapping in YAML
+    try:
+        if is_server(url) or is_postgres(url) or url.startswith(("mysql", "sqlite:")):
+            return Place.of(url).has_secret
+        ArtifactPlace.of(url)
+    except (AddressError, PlaceError):  # who knows what it is
+        return True
+    return False
 
 
 def dashboard_url(asked: Address) -> str:

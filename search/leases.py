@@ -18,6 +18,7 @@ does. A watcher deletes a claim whose beat it has seen unchanged for `expiry_s` 
 machines' clocks are compared. A holder that was only asleep finds its claim gone and knows that its lease is lost.
 """
 
+import hashlib
 import time
 import uuid
 from collections.abc import Callable
@@ -36,6 +37,8 @@ EXPIRY_S = 120.0
 BEATS = 6
 # How long to wait for the claims of others that ask at the same moment; they take milliseconds.
 SETTLE_S, POLL_S = 2.0, 0.02
+# Of a holder in a file's name, which may have 255 bytes with all that follows.
+LONGEST_NAME = 180
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,20 @@ class Held:
 
 @dataclass(frozen=True)
 class _Claim:
-    holder: str
+    holder: str  # as `_named`
     id: str
 
     @property
     def stem(self) -> str:
         return f"{quote(self.holder, safe='')}.{self.id}"
+
+
+def _named(holder: str) -> str:
+    """A holder as files are named by it: a long one by its hash and its end, for the whole of it is in the claim."""
+    if len(quote(holder, safe="")) <= LONGEST_NAME:
+        return holder
+    end = holder[-40:].encode("ascii", "replace").decode()
+    return f"{hashlib.sha256(holder.encode()).hexdigest()[:16]}...{end}"
 
 
 class _Place:
@@ -70,9 +81,9 @@ class _Place:
     def is_claimed(self, claim: _Claim) -> bool:
         return remote_files.exists(self._filesystem, self._file(claim, "claim"))
 
-    def claim(self, claim: _Claim) -> None:
-        self._filesystem.create_dir(self._folder, recursive=True)
-        remote_files.write(self._filesystem, self._file(claim, "claim"), claim.holder.encode())
+    def claim(self, claim: _Claim, holder: str) -> None:
+        remote_files.make_folder(self._filesystem, self._folder)
+        remote_files.write(self._filesystem, self._file(claim, "claim"), holder.encode())
 
     def beat(self, claim: _Claim, count: int) -> None:
         remote_files.write(self._filesystem, self._file(claim, "beat"), f"{count}\n".encode())
@@ -170,9 +181,9 @@ class Leases:
         having = [claim for claim, beat in self._living(resource) if beat is not None]
         if having:
             return Held(having[0].holder)
-        own = _Claim(holder, uuid.uuid4().hex)
+        own = _Claim(_named(holder), uuid.uuid4().hex)
         try:
-            place.claim(own)
+            place.claim(own, holder)
             rival = self._rival(resource, own)
             if rival is None:
                 place.beat(own, 0)
@@ -187,7 +198,7 @@ class Leases:
         """Delete the claims of a holder that is known to be dead, so that nobody waits for their expiry."""
         place = self._place(resource)
         for claim in place.claims():
-            if claim.holder == holder:
+            if claim.holder == _named(holder):
                 place.delete(claim)
 
     def holder(self, resource: str) -> str | None:

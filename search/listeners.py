@@ -16,9 +16,9 @@ class Listeners:
         for listener in self._each:
             listener.started(key)
 
-    def lost(self, key: str, reason: str) -> None:
+    def lost(self, key: str, reason: str, *, goes_on: bool = True) -> None:
         for listener in self._each:
-            listener.lost(key, reason)
+            listener.lost(key, reason, goes_on=goes_on)
 
     def advanced(self, key: str, phase: str, done: int, of: int) -> None:
         for listener in self._each:

@@ -139,7 +139,9 @@ class StoredStudy:
         for path in remote_files.paths(self.filesystem, f"{self.root}/manifests"):
             key, _, name = path.rpartition("/")
             version = Version.of(name)
-            if version is not None and "/" not in key and (key not in found or version > found[key]):
+            if "/" in key or key in ("", ".", ".."):
+                continue  # whoever wrote it: no trial's
+            if version is not None and (key not in found or version > found[key]):
                 found[key] = version
         return found
 
@@ -221,6 +223,11 @@ class StoredFiles:
         """The files of a manifest that are not there, or not in their size."""
         sizes = remote_files.paths(self._filesystem, self._files)
         return [path for path, each in manifest.files.items() if sizes.get(self._name(each.version, path)) != each.size]
+
+    def stored_at(self, manifest: Manifest, wanted: Callable[[str], bool]) -> float | None:
+        """Unix time, by the store's clock, at which the last of the wanted files was stored; None: there is none."""
+        places = [self._place(path, entry) for path, entry in manifest.files.items() if wanted(path)]
+        return remote_files.newest(self._filesystem, places) if places else None
 
     def clean(self, manifest: Manifest, *, is_over: Callable[[Version], bool]) -> None:
         """Delete the manifests and files of versions that are over, but for the files that this manifest names."""

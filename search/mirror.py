@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -93,6 +93,14 @@ class Mirror:
         """Whether the store has no trial of a study of that name."""
         return not self._stored.newest()
 
+    def lacking(self) -> list[str]:
+        """The trials with files in this machine's folder of which the store has nothing: they were never there."""
+        local = {path.name for path in self.root.glob("trials/*")} | {
+            path.stem for path in self.root.glob("journal/*.jsonl")
+        }
+        keys = sorted(local - {STUDY_KEY} - self._stored.newest().keys())
+        return [key for key in keys if LocalFiles(self.root, key).paths()]
+
     def set_owner(self, identifier: str) -> None:
         """Make it this study's; the caller sees to it that nobody does the same at the same time."""
         remote_files.publish(self._filesystem, f"{self._folder}/{STUDY_MARK}", identifier.encode())
@@ -172,6 +180,20 @@ class Mirror:
                 if manifest is not None:
                     lines += [f"{path} of trial {key}" for path in stored.missing(manifest)]
         return lines
+
+    def stored_at(self, key: str, teacher: Sequence[str]) -> float | None:
+        """Unix time, by the store's clock, of the last state of a trial there, or of these files of teachers.
+
+        Of states no copies are here, and what was brought is as old as its bringing.
+        """
+        stored = self._stored.trial(key)
+        manifest = stored.newest()
+        teachers, _, _ = self._folder.rpartition("/")
+        times = [
+            None if manifest is None else stored.stored_at(manifest, is_state),
+            remote_files.newest(self._filesystem, [f"{teachers}/teachers/{file}" for file in teacher]),
+        ]
+        return max((time for time in times if time is not None), default=None)
 
     # ---- To the store --------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import math
 import socket
 import time
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from typing import Any
 
 import ray
@@ -11,7 +12,7 @@ from ray._private.state import state as cluster_state
 
 from search.cluster import fits
 from search.config import ResourcesConfig
-from search.shares import Node
+from search.shares import Node, Share
 
 # A connection to a node that is there takes milliseconds.
 CONNECT_S = 1.0
@@ -23,16 +24,27 @@ class Roomiest:
     """Of the living nodes that can hold a trial the one with the most memory to give, looked for now and then."""
 
     def __init__(self, resources: ResourcesConfig) -> None:
-        self._resources, self._node, self._looked = resources, Node(0.0, 1), -math.inf
+        self._resources, self._looked = resources, -math.inf
+        self._node: Node | None = None
 
-    def __call__(self) -> Node:
-        if time.monotonic() - self._looked >= LOOK_S:
-            alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
-            each = [Node(node.get("memory", 0.0) / 2**30, fits(node, self._resources)) for node in alive]
-            holding = [node for node in each if node.trials > 0]  # a head often holds none
-            self._node = max(holding, key=lambda node: node.memory_gb, default=self._node)
-            self._looked = time.monotonic()
+    def __call__(self, *, anew: bool = False) -> Node | None:
+        if anew or time.monotonic() - self._looked >= LOOK_S:
+            try:
+                self._node = self._look()
+            except Exception:  # a head that is away for a moment; what was seen last stays
+                return self._node
+            finally:
+                self._looked = time.monotonic()
         return self._node
+
+    def _look(self) -> Node | None:
+        alive = (node for node in ray.nodes() if node["Alive"])
+        for node in sorted(alive, key=lambda node: -float(node["Resources"].get("memory", 0.0))):
+            has = node["Resources"]
+            trials = fits(has, self._resources)
+            if trials > 0 and not is_gone(node):  # a head often holds none
+                return Node(has.get("memory", 0.0) / 2**30, trials)
+        return None
 
 
 def node_of(actor_id: str) -> dict[str, Any]:
@@ -50,6 +62,19 @@ def is_gone(node: dict[str, Any]) -> bool:
             return False
     except OSError:
         return True
+
+
+def ids_on(resources: ResourcesConfig, hosts: Collection[str], share: Share) -> tuple[str, ...]:
+    """The ids of the living nodes on these hosts; none, if no other one can hold such a share."""
+    try:
+        alive = [node for node in ray.nodes() if node["Alive"]]
+    except Exception:  # a head that is away for a moment
+        return ()
+    asked = resources.model_copy(update=asdict(share))
+    there = [node["NodeManagerHostname"] in hosts for node in alive]
+    if not any(fits(node["Resources"], asked) for node, bad in zip(alive, there, strict=True) if not bad):
+        return ()
+    return tuple(sorted(node["NodeID"] for node, bad in zip(alive, there, strict=True) if bad))
 
 
 class Leaving:

@@ -54,9 +54,9 @@ class Progress:
     def started(self, key: str) -> None:
         self.running[key] = _Running()
 
-    def lost(self, key: str, reason: str) -> None:
+    def lost(self, key: str, reason: str, *, goes_on: bool = True) -> None:
         self.running.pop(key, None)
-        line = f"{key}  {reason}: it goes on from its last state"
+        line = f"{key}  {reason}: it {'goes on from its last state' if goes_on else 'keeps what it has'}"
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def advanced(self, key: str, phase: str, done: int, of: int) -> None:

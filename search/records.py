@@ -77,6 +77,7 @@ class Death:
     at: str  # ISO 8601, UTC: when the driver heard of it
     attempt: int  # the first one is 1
     lost_seconds: float
+    advanced: bool = False  # whether it had stored a state, from which the next one went on
 
 
 @dataclass(frozen=True)

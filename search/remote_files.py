@@ -16,7 +16,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -35,7 +35,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 20.0
 _REFUSED = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN_ID"
     r"|MISSING_AUTHENTICATION_TOKEN|EXPIRED_TOKEN|HTTP status 40[13]|UNAUTHENTICATED|PERMISSION_DENIED"
-    r"|AuthenticationFailed|AuthorizationFailure|ContainerNotFound"
+    r"|Bucket '[^']*' not found|AuthenticationFailed|AuthorizationFailure|ContainerNotFound"
 )
 # Of a local disk or a network, an error with another number says something about the file.
 _PASSING = frozenset(
@@ -47,6 +47,10 @@ _PASSING = frozenset(
         errno.EPIPE,
         errno.EHOSTUNREACH,
         errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.ENETDOWN,
+        errno.ENOTCONN,
+        errno.ESTALE,
         errno.EAGAIN,
         errno.EIO,
     }
@@ -55,6 +59,7 @@ _PASSING = frozenset(
 _WHOLE_ONCE_CLOSED = ("s3", "gcs", "abfs")
 
 _P = ParamSpec("_P")
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 _patience_s: ContextVar[float | None] = ContextVar("patience_s", default=None)
 
@@ -85,8 +90,8 @@ def _is_away(error: OSError) -> bool:
 
 
 def _patiently(
-    function: Callable[Concatenate[FileSystem, _P], _T],
-) -> Callable[Concatenate[FileSystem, _P], _T]:
+    function: Callable[Concatenate[_S, _P], _T],
+) -> Callable[Concatenate[_S, _P], _T]:
     """The function, done again while the storage is away.
 
     Raises:
@@ -94,7 +99,7 @@ def _patiently(
     """
 
     @functools.wraps(function)
-    def patient(filesystem: FileSystem, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    def patient(filesystem: _S, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         if isinstance(filesystem, LocalFileSystem):
             return function(filesystem, *args, **kwargs)
         patience_s = _patience_s.get()
@@ -115,13 +120,31 @@ def _patiently(
                 time.sleep(min(pause, max(0.0, until - time.monotonic())))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    return cast(Callable[Concatenate[FileSystem, _P], _T], patient)
+    return cast(Callable[Concatenate[_S, _P], _T], patient)
+
+
+@_patiently
+def connected(uri: str) -> tuple[FileSystem, str]:
+    """The storage behind an address, and the folder in it; of S3 it may be asked where the bucket is."""
+    return cast(tuple[FileSystem, str], FileSystem.from_uri(uri))
+
+
+@_patiently
+def make_folder(filesystem: FileSystem, path: str) -> None:
+    """Make a folder, where the storage has folders, with those above it."""
+    filesystem.create_dir(path, recursive=True)
 
 
 @_patiently
 def exists(filesystem: FileSystem, path: str) -> bool:
     """Whether there is a file of that name."""
     return bool(filesystem.get_file_info(path).type == FileType.File)
+
+
+@_patiently
+def is_there(filesystem: FileSystem, path: str) -> bool:
+    """Whether there is something of that name: a file, a folder or a bucket."""
+    return bool(filesystem.get_file_info(path).type != FileType.NotFound)
 
 
 @_patiently
@@ -160,6 +183,14 @@ def paths(filesystem: FileSystem, folder: str) -> dict[str, int]:
         return {}
     start = len(folder.rstrip("/")) + 1
     return {info.path[start:]: info.size for info in found if info.type == FileType.File}
+
+
+@_patiently
+def newest(filesystem: FileSystem, paths: Sequence[str]) -> float | None:
+    """Unix time, by the storage's clock, at which the last of some files was written; None: none is there."""
+    found = filesystem.get_file_info(list(paths))
+    times = [info.mtime_ns / 1e9 for info in found if info.type == FileType.File and info.mtime_ns is not None]
+    return max(times, default=None)
 
 
 @_patiently

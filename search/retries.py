@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
 from search.deaths import Cause, deaths_text, exhausted, is_of_memory
 from search.recipe import Recipe
 from search.records import Death
-from search.shares import Node, Share, Shares
+from search.shares import Nodes, Share, Shares
 from search.study import Assignment, Study
 
 
@@ -28,7 +28,7 @@ class Attempt:
     share: Share
     places: float  # of ordinary trials, whose room it takes
     deaths: str  # of those before, in a line
-    started: float  # Unix time
+    started: float | None = None  # Unix time; None: it waits in Ray's queue
 
 
 class Retries:
@@ -47,7 +47,7 @@ class Retries:
         study: Study,
         files: Stored,
         teacher_of: Callable[[Assignment], str | None],
-        node: Callable[[], Node],
+        node: Nodes,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._study, self._files, self._teacher_of, self._clock = study, files, teacher_of, clock
@@ -57,7 +57,7 @@ class Retries:
 
     def begin(self, assignment: Assignment) -> Attempt:
         """The run of a trial that starts now."""
-        number, share = assignment.number, self._shares.of(self._recipe(assignment))
+        number, share = assignment.number, self._shares.of(self._recipe(assignment), anew=True)
         if number in self._left:
             self._left.remove(number)
             self._study.begin_again(number)
@@ -65,8 +65,12 @@ class Retries:
             self._study.note_accelerators(number, share.gpu or share.cpu)
         known = self._study.trials()[number]
         places = self._shares.places(share)
-        self._running[number] = Attempt(known.attempt, share, places, deaths_text(known.deaths), self._clock())
+        self._running[number] = Attempt(known.attempt, share, places, deaths_text(known.deaths))
         return self._running[number]
+
+    def started(self, assignment: Assignment) -> None:
+        """Its worker has what it needs and begins."""
+        self._running[assignment.number] = replace(self._running[assignment.number], started=self._clock())
 
     def ended(self, assignment: Assignment) -> None:
         """Its run is over, and told."""
@@ -80,20 +84,27 @@ class Retries:
         """
         attempt, now = self._running[assignment.number], self._clock()
         stored = self._files.stored_at(assignment.key, self._teacher_of(assignment))
-        since = max(attempt.started, stored or 0.0)
+        start = now if attempt.started is None else attempt.started
+        since = max(start, stored or 0.0)
         at = datetime.fromtimestamp(now, UTC).isoformat(timespec="seconds")
         lost = max(0.0, now - since)  # another machine's clock, which dates its files, may be ahead
-        death = Death(cause.reason, cause.node, at, attempt.number, lost)
+        death = Death(cause.reason, cause.node, at, attempt.number, lost, advanced=start < (stored or 0.0) <= now)
         self._study.note_death(assignment.number, death)
-        if is_of_memory(cause.reason):
+        lacked = is_of_memory(cause.reason)
+        if lacked and (on_gpu or self._shares.knows_a_node):
             larger = self._shares.raise_for(self._recipe(assignment), attempt.share, on_gpu=on_gpu)
-            all_of = "a whole GPU" if on_gpu else "all the memory of a node"
+            all_of = "a whole GPU" if on_gpu else "nearly all the memory of a node"
             return f"{cause.reason}; it had {all_of}" if larger is None else None
-        return exhausted(self._study.trials()[assignment.number].deaths)
+        return exhausted(self._study.trials()[assignment.number].deaths, even_of_memory=lacked)
 
     def load(self) -> float:
         """In the room of how many ordinary trials all runs are that are on."""
         return sum(attempt.places for attempt in self._running.values())
+
+    def too_large(self) -> set[int]:
+        """The trials in Ray's queue for which the node has gone: they would wait for ever."""
+        queued = ((number, attempt.share) for number, attempt in self._running.items() if attempt.started is None)
+        return {number for number, share in queued if self._shares.is_too_large(share)}
 
     def places(self, number: int) -> float:
         """In the room of how many ordinary trials a trial would run."""

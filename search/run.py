@@ -27,6 +27,7 @@ from search.report import front_table
 from search.space import Space
 from search.storage import DEFAULT_STORAGE, Storage
 from search.study import stored_record
+from tracking.address import shown
 
 OK, BAD_INPUT, FAILING, INTERRUPTED = 0, 2, 3, 130
 # Holds what to type to go on with a search that another command has handed over.
@@ -46,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         file = find_space_file(args.space)
         config = load_search_config(file, settings)
         space = Space(config)
+        storage = Storage.asked_for(config, args.storage, args.set)
         if args.detach:
             return _detach(config, file, args)
-        storage = Storage.of(config, args.storage)
         if args.dry_run:
             return _show_plan(config, space, storage, Console())
         return run(config, space, storage, Console(), command=_command(args), address=args.address)
@@ -152,7 +153,7 @@ def _detach(config: SearchConfig, file: Path, args: argparse.Namespace) -> int:
 
 def _command(args: argparse.Namespace) -> str:
     """What to type to go on."""
-    address = ["--address", args.address] if args.address else []
+    address = ["--address", shown(args.address)] if args.address else []
     words = ["python", "-m", "search.run", args.space, *map(without_password, _options(args)), *address]
     return os.environ.get(GO_ON) or shlex.join(words)
 

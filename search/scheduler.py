@@ -5,8 +5,10 @@ It decides from the study alone, so one that is made anew after a restart goes o
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from typing import Any, Protocol
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from search.config import SearchConfig
@@ -41,6 +43,8 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         causes: why a worker ended, by Tune's id of its trial; the searcher takes them out.
         stopped: why a trial was stopped at its last report, by its key; the searcher tells the study.
         is_halted: every trial is stopped at its next report, without being judged the worse for it.
+        is_closed: no trial starts any more, those that wait in Ray's queue included.
+        taken_back: Tune's ids of trials that are not to start as they were suggested.
         error: the last failure to judge or to write, in one line; the trial went on.
     """
 
@@ -60,12 +64,28 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         self.causes: dict[str, Cause] = {}
         self._standings = Standings()
         self.stopped: dict[str, str] = {}
-        self.is_halted = False
+        self.is_halted = self.is_closed = False
+        self.taken_back: set[str] = set()
         self.error: str | None = None
 
     def halt(self) -> None:
         """The time is over: what runs ends at its next report and goes on when the search does."""
         self.is_halted = True
+
+    def close(self) -> None:
+        """The search is over: what has not started is taken out of Ray's queue, where it might wait for ever."""
+        self.is_closed = True
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """The next trial, in their order. Tune asks at each of its steps, so that here trials can be taken back: one
+        that waits for a place reports nothing, and Tune looks at requests to stop one nowhere else [ray 2.60]."""
+        if self.is_closed or self.taken_back:
+            for trial in tune_controller.get_trials():
+                if trial.status == Trial.PENDING and (self.is_closed or trial.trial_id in self.taken_back):
+                    with redirect_stdout(None):  # where Tune would print a line, however quiet it is to be
+                        tune_controller.stop_trial(trial)  # the searcher hears of an end without a report
+            self.taken_back.clear()
+        return None if self.is_closed else super().choose_trial_to_run(tune_controller)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Judge a report. Tune lets what is raised here end all trials, so nothing is."""

@@ -6,25 +6,29 @@ pickles of it. A Tune trial id means nothing outside one run; our trial key join
 
 import json
 import re
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
 from search.asking import Asker
+from search.bad_hosts import BadHosts
 from search.budget import Budget
 from search.deaths import Cause, is_of_surroundings
 from search.records import TrialResult
 from search.resumption import resumption
 from search.retries import Retries
-from search.shares import Node
+from search.shares import Nodes, Share, unknown
 from search.study import Assignment, Study
 from search.waiting import TeacherQueue
 from search.worker import Suggestion
 
 # So many failures one after the other with the same reason are no accident.
 IDENTICAL_FAILURES = 3
+# How often the lock is looked at while trials only run.
+LOCK_S = 5.0
 
 
 def allowed_failures(trials: int) -> int:
@@ -36,7 +40,7 @@ class Listener(Protocol):
     """Who wants to know how trials fare."""
 
     def started(self, key: str) -> None: ...
-    def lost(self, key: str, reason: str) -> None: ...
+    def lost(self, key: str, reason: str, *, goes_on: bool = True) -> None: ...
     def advanced(self, key: str, phase: str, done: int, of: int) -> None: ...
     def finished(self, key: str, result: TrialResult) -> None: ...
     def stopped(self, key: str, reason: str) -> None: ...
@@ -59,9 +63,13 @@ class Stopper(Protocol):
     stopped: dict[str, str]  # key -> why it was told to stop
     causes: dict[str, Cause]  # Tune's id -> why its worker ended
     is_halted: bool
+    taken_back: set[str]  # Tune's ids; those that have not started are suggested anew
 
     def halt(self) -> None:
         """Cut off whatever runs, at its next report; the study keeps it unfinished."""
+
+    def close(self) -> None:
+        """Take back whatever was suggested and has not started."""
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]
@@ -78,6 +86,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         teachers: who may start now, and who waits for another's teacher.
         is_only_driver: whether nobody else can be driving the study; asked before anything is written.
         node: the roomiest node of the cluster.
+        node_ids: Ray's ids of the nodes on these hosts; none, if a share of that size would find no other node.
     """
 
     def __init__(
@@ -91,7 +100,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         asker: Asker,
         teachers: TeacherQueue,
         is_only_driver: Callable[[], bool] = lambda: True,
-        node: Callable[[], Node] = lambda: Node(0.0, 1),
+        node: Nodes = unknown,
+        node_ids: Callable[[Collection[str], Share], tuple[str, ...]] = lambda hosts, share: (),
     ) -> None:
         super().__init__(metric=None, mode=None)
         self._study, self._budget, self._slots, self._files = study, budget, slots, files
@@ -103,6 +113,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         self._tried: set[int] = set()  # trials whose verification this command has resumed
         self._unfinished = deque(study.unfinished())
         self._reasons: list[str] = []
+        self._hosts, self._node_ids = BadHosts(), node_ids
+        self._avoiding: dict[str, frozenset[str]] = {}  # hosts where what waits in Ray's queue must not start
+        self._lock_seen = time.monotonic()
         self.stop_reason: str | None = None  # the search cannot go on
         self.budget_reason: str | None = None  # the search is over before it has all trials
 
@@ -115,6 +128,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         """
         try:
             self._look_at_the_budget()
+            self._look_at_the_lock()
+            self._look_at_the_queue()
             if not self._has_ended and self._retries.load() < self._slots():
                 started = self._start(trial_id)
                 if started is not None:
@@ -142,14 +157,14 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             return None
         assignment = self._next()
         if assignment is not None:
-            config = self._config(assignment)
+            config = self._config(trial_id, assignment)
             self._live[trial_id] = assignment
             self._listener.started(assignment.key)
             if self._wanted() > 0:
                 self._asker.look_ahead(self._study)
             return config
         if self._study.num_done() >= self._budget.target and (resumed := self._next_resumption()) is not None:
-            config = self._config(resumed, resume=True)
+            config = self._config(trial_id, resumed, resume=True)
             self._resumed[trial_id] = resumed
             self._listener.started(resumed.key)
             return config
@@ -166,6 +181,26 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         if self._budget.expired() is not None:
             self._scheduler.halt()
 
+    def _look_at_the_lock(self) -> None:
+        """Also while nothing starts or ends: what runs under a lost lock is cut off."""
+        if time.monotonic() - self._lock_seen >= LOCK_S:
+            self._may_write()
+            self._lock_seen = time.monotonic()
+
+    def _look_at_the_queue(self) -> None:
+        """What waits there waits as long as it takes, so that what no longer holds for it is taken back."""
+        if self._has_ended:
+            self._scheduler.close()
+            return
+        if too_large := self._retries.too_large():
+            waiting = {**self._live, **self._resumed}
+            self._scheduler.taken_back.update(name for name, each in waiting.items() if each.number in too_large)
+        if self._avoiding:
+            avoided = self._hosts.avoided()
+            self._scheduler.taken_back.update(
+                trial_id for trial_id, hosts in self._avoiding.items() if not hosts <= avoided
+            )
+
     def _next(self) -> Assignment | None:
         """The next trial that can start now: cut off under an earlier driver, waiting, or new."""
         while self._study.num_done() + len(self._live) < self._budget.target and not self._keeps_room():
@@ -180,10 +215,14 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return None
 
     def _keeps_room(self) -> bool:
-        """Whether what is free is for a trial that needs more: small ones would take each place before it."""
+        """Whether what is free is for a trial that needs more: small ones would take each place before it.
+
+        None is kept for one that waits for a teacher: others may as well use it.
+        """
         if not self._retries.has_raised:
             return False
-        return not all(map(self._has_room, (*self._unfinished, *self._study.waiting())))
+        lacking = (number for number in (*self._unfinished, *self._study.waiting()) if not self._has_room(number))
+        return any(not self._teachers.is_kept(self._study.assignment(number)) for number in lacking)
 
     def _has_room(self, number: int) -> bool:
         load = self._retries.load()
@@ -192,7 +231,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def _adopted(self) -> Assignment | None:
         for _ in range(len(self._unfinished)):
             assignment = self._study.adopt(self._unfinished.popleft())
-            if self._teachers.may_start(assignment):
+            if self._has_room(assignment.number) and self._teachers.may_start(assignment):
                 return assignment
             self._unfinished.append(assignment.number)
         return None
@@ -210,9 +249,12 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         number = self._asker.take(self._study)
         return self._waiting() if number is not None else None
 
-    def _config(self, assignment: Assignment, *, resume: bool = False) -> dict[str, Any]:
+    def _config(self, trial_id: str, assignment: Assignment, *, resume: bool = False) -> dict[str, Any]:
         recipe = self._study.space.recipe(assignment.params, assignment.number)
-        attempt = self._retries.begin(assignment)
+        attempt, hosts = self._retries.begin(assignment), self._hosts.avoided()
+        avoid = self._node_ids(hosts, attempt.share) if hosts else ()
+        if avoid:
+            self._avoiding[trial_id] = hosts
         suggestion = Suggestion(
             assignment.key,
             assignment.params,
@@ -222,6 +264,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             attempt=attempt.number,
             share=attempt.share,
             deaths=attempt.deaths,
+            avoid=avoid,
         )
         return suggestion.to_config()
 
@@ -242,23 +285,37 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     # ---- What came of it ------------------------------------------------------------------------------------------
 
+    def on_trial_start(self, trial_id: str) -> None:
+        """Its worker begins. Tune itself tells callbacks only: see `search.starts`."""
+        self._avoiding.pop(trial_id, None)
+        assignment = self._live.get(trial_id) or self._resumed.get(trial_id)
+        if assignment is not None:
+            self._retries.started(assignment)
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         assignment = self._live.get(trial_id) or self._resumed.get(trial_id)
         if assignment is None or "phase" not in result:
             return
         self._teachers.advanced(assignment, result["phase"])
+        self._hosts.advanced(result.get("hostname", ""))
         self._listener.advanced(assignment.key, result["phase"], result["step"], result["steps"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study. Tune swallows what is raised here, so a study that cannot be written ends the search."""
         assignment, resumed = self._live.pop(trial_id, None), self._resumed.pop(trial_id, None)
         cause = self._scheduler.causes.pop(trial_id, None)
+        self._avoiding.pop(trial_id, None)
         try:
             if not self._may_write():  # what the trial left in its folder is told by the next driver
                 return
             if assignment is not None:
                 self._teachers.ended(assignment)
-                self._conclude(assignment, result or {}, cause)
+                if result is None and not error:
+                    self._unfinished.appendleft(assignment.number)  # taken out of Ray's queue: it has not started
+                else:
+                    self._conclude(assignment, result or {}, cause)
+            elif resumed is not None and result is None and not error:
+                self._tried.discard(resumed.number)
             elif resumed is not None:
                 self._conclude_resumption(resumed, result or {}, cause)
         except Exception as failure:
@@ -299,6 +356,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _died(self, assignment: Assignment, cause: Cause, *, on_gpu: bool) -> None:
         """Put the trial back, to go on from its last state; or it has failed, if that happened too often."""
+        self._hosts.died(cause)
         reason = self._retries.died(assignment, cause, on_gpu=on_gpu)
         if reason is None:
             self._unfinished.append(assignment.number)
@@ -323,9 +381,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         elif last.get("state") == "PAUSED":
             self._pause(last["reason"])
         elif not self._refined_from_files(assignment) and (cause := cause or _told_cause(last)) is not None:
-            if self._retries.died(assignment, cause, on_gpu=last.get("on_gpu", False)) is None:
+            self._hosts.died(cause)
+            reason = self._retries.died(assignment, cause, on_gpu=last.get("on_gpu", False))
+            if reason is None:
                 self._tried.discard(assignment.number)
-            self._listener.lost(assignment.key, cause.reason)
+            self._listener.lost(assignment.key, reason or cause.reason, goes_on=reason is None)
 
     def _refined_from_files(self, assignment: Assignment) -> bool:
         """Tell the study of a resumed verification that ended before a driver or a worker died that did not tell it."""

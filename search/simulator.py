@@ -13,6 +13,7 @@ from optuna.storages import InMemoryStorage
 from search.asking import Asker, Inline
 from search.budget import Budget
 from search.config import SearchConfig
+from search.deaths import NODE_LOST, Cause
 from search.hardware import Hardware
 from search.records import TrialResult
 from search.sampling_view import TELL_STOPPED, TellStopped
@@ -50,7 +51,7 @@ class NoListener:
     def started(self, key: str) -> None:
         pass
 
-    def lost(self, key: str, reason: str) -> None:
+    def lost(self, key: str, reason: str, *, goes_on: bool = True) -> None:
         pass
 
     def advanced(self, key: str, phase: str, done: int, of: int) -> None:
@@ -116,6 +117,7 @@ def simulate(
         teachers=teachers,
         clock=clock,
         seed=config.search.seed,
+        lost=lambda trial_id: scheduler.causes.update({trial_id: Cause(NODE_LOST)}),
     )
     history = simulation.run(budget_s)
     if searcher.stop_reason is not None or scheduler.error is not None:

@@ -3,13 +3,15 @@
 import functools
 import logging
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from ccdist import checkpoint
+from search import remote_files
 from search.artifact_place import ArtifactPlace
 from search.config import SearchConfig
 from search.database import sqlite_file
@@ -19,10 +21,10 @@ from search.errors import UserError
 from search.formats import UNMARKED
 from search.mirror import Mirror
 from search.mounts import current_mounts, network_file_system
-from search.remote_files import UnreachableError
+from search.remote_files import UnreachableError, one_line
 from search.sight import STUDY_MARK
 from search.store_lock import store_lock
-from search.study_record import stored_config
+from search.study_record import stored_artifacts
 from search.teachers import TeacherStore
 from search.trial_copies import Choice
 from search.workplace import Workplace
@@ -58,6 +60,18 @@ class Storage:
         artifacts, uri = artifacts_of(None if directory else config.storage.artifacts, folder)
         return cls(folder, study_url or default_study_url(folder), artifacts, _tracking_address(config), uri)
 
+    @classmethod
+    def asked_for(cls, config: SearchConfig, directory: str | None, settings: Sequence[str]) -> "Storage":
+        """As `of`, for a command line that may also set places of the space file.
+
+        Raises:
+            StorageError: it names a place twice.
+        """
+        places = [setting.partition("=")[0] for setting in settings if re.match(r"storage(\.\w+)?=", setting)]
+        if directory and places:
+            raise StorageError(f"--storage sets what --set {places[0]} does; leave one of them out")
+        return cls.of(config, directory)
+
     @property
     def workers_artifacts(self) -> Path | str:
         """Where workers write: a folder that all of them reach, or the address of an object store's."""
@@ -85,10 +99,18 @@ class Storage:
         return Workplace(str(self.artifacts), study, identifier=self.identifier(study))
 
     def mirror(self, study: str) -> Mirror | None:
-        """The study in the object store, one object for each process; None: its artefacts are in a folder."""
+        """The study in the object store, one object for each process; None: its artefacts are in a folder.
+
+        Raises:
+            StorageError: the store does not answer.
+        """
         if self.artifacts_uri is None:
             return None
-        return _mirror(self.artifacts_uri, study, self.artifacts, self.tracking_uri)
+        try:
+            with remote_files.impatient():  # a driver, or a report: who started it can start it again
+                return _mirror(self.artifacts_uri, study, self.artifacts, self.tracking_uri)
+        except UnreachableError as error:
+            raise StorageError(f"storage {self._place} cannot be used ({error})") from error
 
     def prepare(self) -> None:
         """Make the folders, and try to write in each.
@@ -117,11 +139,16 @@ class Storage:
         The first studies marked none; one of those takes the folder of its name.
 
         Raises:
-            StorageError: the folder holds another study of that name, such as one whose database was deleted.
+            StorageError: the folder holds another study of that name, such as one whose database was deleted, or trials
+                that the object store lacks, or that does not answer.
         """
         mirror, mark = self.mirror(study), self.study_folder(study) / STUDY_MARK
         if mirror is not None:
-            self._claim_store(mirror, identifier)
+            try:
+                self._check_origin(mirror)
+                self._claim_store(mirror, identifier)
+            except UnreachableError as error:
+                raise StorageError(f"storage {self._place} cannot be used ({error})") from error
         mark.parent.mkdir(parents=True, exist_ok=True)
         if not mark.exists() and (identifier.startswith(UNMARKED) or not (mark.parent / "trials").exists()):
             mark.write_text(identifier)
@@ -153,8 +180,9 @@ class Storage:
         Raises:
             LockedError: another driver lives.
             StudyError: the database cannot be reached.
-        StorageError, CorruptCheckpointError: so it is with the object store.
+            StorageError, CorruptCheckpointError: so it is with the object store.
         """
+        self._check_there()
         with ExitStack() as stack:
             locks = [
                 stack.enter_context(study_lock(self.study_url, study)),
@@ -205,12 +233,14 @@ class Storage:
             choice: as for `Mirror.pull`; else only a driver may bring it, whose own files these are.
 
         Raises:
-            StorageError: the store does not answer, or has another study of that name than this folder.
+            StorageError: the store does not answer, or has another study of that name than this folder, or lacks
+                trials that are here.
             CorruptCheckpointError: it has something else than what was written there.
         """
         mirror = self.mirror(study)
         if mirror is None:
             return
+        self._check_there()
         try:
             owner, own = mirror.owner(), self.identifier(study)
             if owner is not None and own not in ("", owner):
@@ -218,10 +248,32 @@ class Storage:
                     f"{self.study_folder(study)} is a copy of another study than the one in {self._place}; move it away"
                 )
             if choice is None:
+                self._check_origin(mirror)
                 mirror.pull_study()
             mirror.pull(choice)
         except UnreachableError as error:
             raise StorageError(f"storage {self._place} cannot be used ({error})") from error
+
+    def _check_origin(self, mirror: Mirror) -> None:
+        """Refuse a study whose trials were kept elsewhere: to the workers they would be lost, and soon to all."""
+        if lacking := mirror.lacking():
+            raise StorageError(
+                f"{mirror.root} holds {len(lacking)} trials that {self._place} lacks, such as {lacking[0]}: a study's "
+                "artefacts are not moved there; go on where they are (storage.artifacts as before), or start another "
+                "study (--set name=...)"
+            )
+
+    def _check_there(self) -> None:
+        """A listing tells a bucket that is not there from an empty one no more than a folder.
+
+        Raises:
+            StorageError: the object store is not there, or does not answer.
+        """
+        if self._place is not None:
+            try:
+                self._place.check_there()
+            except (UnreachableError, OSError) as error:
+                raise StorageError(f"storage {self._place} cannot be used ({one_line(error)})") from error
 
     @contextmanager
     def following(self, study: str) -> Iterator[None]:
@@ -269,7 +321,7 @@ def artifacts_of(text: str | None, folder: Path) -> tuple[Path, str | None]:
 
 
 def stored_address(study_url: str, study: str) -> str | None:
-    """Where the study's own space file says that the artefacts are, if that is an object store.
+    """Where the study's artefacts were kept when a search last opened it, if that is an object store.
 
     Raises:
         StudyError: the database cannot be read.
@@ -277,7 +329,7 @@ def stored_address(study_url: str, study: str) -> str | None:
     database = sqlite_file(study_url)
     if database is not None and not database.is_file():
         return None  # who reads the study says so
-    artifacts = stored_config(study_url, study).storage.artifacts
+    artifacts = stored_artifacts(study_url, study)
     return artifacts if artifacts is not None and "://" in artifacts else None
 
 

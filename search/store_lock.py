@@ -4,22 +4,32 @@ The lock in the study's database already keeps out every other driver of that da
 such as a study.db that was copied to another machine: they know nothing of each other's locks and write one folder.
 """
 
+import hashlib
 import logging
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from search import leases
 from search.artifact_place import ArtifactPlace
-from search.database import is_postgres, sqlite_file, without_password
+from search.database import POSTGRES_CONNECTION, is_postgres, postgres_url, sqlite_file, without_password
 from search.leases import Lease, Leases
 from search.locks import LockedError
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 2.0
+_MACHINE_ID = Path("/etc/machine-id")
+_WHICH = """
+    SELECT system_identifier, (SELECT oid FROM pg_database WHERE datname = current_database()) FROM pg_control_system()
+"""
 
 
 @dataclass(frozen=True)
@@ -62,8 +72,32 @@ def store_lock(place: ArtifactPlace, study: str, study_url: str) -> Iterator[Sto
 
 
 def _holder(study_url: str) -> str:
-    """The database by a name that is the same on every machine from which it is one and the same."""
+    """The database by a name that no other has, and the same wherever the search runs."""
     file = sqlite_file(study_url)
     if file is not None:
-        return f"{file.resolve()} on {socket.gethostname()}"
-    return "postgresql" if is_postgres(study_url) else without_password(study_url)
+        return f"{file.resolve()} on {socket.gethostname()}{_machine()}"
+    return _postgres_holder(study_url) if is_postgres(study_url) else without_password(study_url)
+
+
+def _machine() -> str:
+    """What tells two machines of one name apart, where the system has it; not the number itself, which is private."""
+    try:
+        content = _MACHINE_ID.read_bytes().strip()
+    except OSError:
+        return ""
+    return f" ({hashlib.sha256(content).hexdigest()[:8]})" if content else ""
+
+
+def _postgres_holder(url: str) -> str:
+    """A server's own number with the database's, whatever address it was reached by.
+
+    Where the server keeps it to itself: the address; after a crash on a machine with another address for the same
+    server, the lease of the dead driver is then waited for.
+    """
+    engine = create_engine(postgres_url(url), poolclass=NullPool, connect_args=POSTGRES_CONNECTION)
+    try:
+        with engine.connect() as connection:
+            server, database = connection.execute(text(_WHICH)).one()
+    except SQLAlchemyError:
+        return without_password(url)
+    return f"postgresql server {server} database {database}"

@@ -39,7 +39,9 @@ from search.sampling_view import (
 )
 from search.space import Space
 from search.study_record import (
+    ARTIFACTS,
     DIED,
+    HELD,
     REFINED,
     SHARES,
     empty_record,
@@ -86,6 +88,7 @@ class Study:
         self.identifier = str(attributes["id"])  # random: tells its artefacts from those of another of the same name
         self._empty = empty_record(study)
         self._shares: dict[str, Any] = dict(attributes.get(SHARES, {}))
+        self._artifacts: str | None = attributes.get(ARTIFACTS)
         self._trials: list[TrialRecord] = []
         self._snapshot: tuple[TrialRecord, ...] | None = None  # of them, until one changes
         self._numbers: dict[RecordState, set[int]] = {
@@ -291,6 +294,12 @@ class Study:
         self._storage.set_study_attribute(SHARES, dict(shares))
         self._shares = dict(shares)
 
+    def note_artifacts(self, place: str) -> None:
+        """Store where this search keeps its artefacts, for who looks at the study by its name."""
+        if place != self._artifacts:
+            self._storage.set_study_attribute(ARTIFACTS, place)
+            self._artifacts = place
+
     def begin_again(self, number: int) -> None:
         """The run of an unfinished trial that is to start is another attempt: of the last one nobody knows the end."""
         record = self._trials[number]
@@ -298,11 +307,15 @@ class Study:
         self._put(replace(record, attempt=record.attempt + 1))
 
     def note_accelerators(self, number: int, accelerators: float) -> None:
-        """Store that a trial holds more than the space file says."""
+        """Store that a trial holds more than the space file says; of a COMPLETE one beside it, as in `note_death`."""
         record = self._trials[number]
-        if record.state == "RUNNING" and record.accelerators != accelerators:
+        if record.accelerators == accelerators:
+            return
+        if record.state == "RUNNING":
             self._storage.set_attribute(self._ids[number], "accelerators", accelerators)
-            self._put(replace(record, accelerators=accelerators))
+        else:
+            self._storage.set_study_attribute(f"{HELD}{number}", accelerators)
+        self._put(replace(record, accelerators=accelerators))
 
     def note_death(self, number: int, death: Death) -> None:
         """Store that an attempt ended without a result. A COMPLETE trial, whose verification had been resumed, cannot

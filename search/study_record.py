@@ -28,8 +28,10 @@ _ADVICE = {
     "confirmation": "give it the same options again, or choose another --name",
 }
 DIED = "died:"  # + trial number: study attribute with the deaths of a trial whose resumed verification died
+HELD = "accelerators:"  # + trial number: study attribute with those of a trial whose resumed verification held more
 REFINED = "refined:"  # + trial number: study attribute with a result that is better known than when the trial ended
 SHARES = "shares"  # study attribute: what classes of trials were found to need
+ARTIFACTS = "artifacts"  # study attribute: where they were kept when a search last opened it
 _STATES: dict[TrialState, RecordState] = {
     TrialState.COMPLETE: "COMPLETE",
     TrialState.PRUNED: "STOPPED",
@@ -103,6 +105,18 @@ def stored_config(url: str, name: str) -> SearchConfig:
         StudyError: there is no such study.
     """
     return config_of(stored_attributes(_load(url, name))["space"])
+
+
+def stored_artifacts(url: str, name: str) -> str | None:
+    """The folder or address at which a stored study last kept its artefacts; None: in its storage folder.
+
+    Raises:
+        StudyError: there is no such study.
+    """
+    attributes = stored_attributes(_load(url, name))
+    if ARTIFACTS in attributes:
+        return str(attributes[ARTIFACTS])
+    return config_of(attributes["space"]).storage.artifacts  # of a study that was not opened since
 
 
 def _load(url: str, name: str) -> optuna.Study:
@@ -296,7 +310,7 @@ def trial_record(study_name: str, trial: FrozenTrial, study: Mapping[str, Any]) 
         rungs={name: RungValues(**values) for name, values in attributes.get("rungs", {}).items()},
         deaths=deaths,
         attempt=max(attributes.get("attempt", 1), deaths[-1].attempt + 1 if deaths else 1),
-        accelerators=attributes.get("accelerators"),
+        accelerators=study.get(f"{HELD}{trial.number}", attributes.get("accelerators")),
     )
     result.pop("finished_at", None)
     known = study.get(f"{REFINED}{trial.number}") or result

@@ -94,12 +94,13 @@ class TeacherStore:
         """The store in a local folder, or at the URI of one in a storage.
 
         Raises:
-            UserError: the URI names no storage that can be reached.
+            UserError: the URI names no storage.
+            UnreachableError: it stays away.
         """
         if "://" not in str(place):
             return cls(LocalFileSystem(), str(Path(place).absolute()))
         try:
-            return cls(*FileSystem.from_uri(str(place)))
+            return cls(*remote_files.connected(str(place)))
         except (ArrowException, OSError, ImportError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
@@ -227,7 +228,7 @@ class TeacherStore:
         """Store a teacher so that it is there whole or not at all: its files under a new name, then the mark."""
         name = uuid.uuid4().hex
         target = f"{self._folder(key)}/{name}"
-        self._filesystem.create_dir(target, recursive=True)
+        remote_files.make_folder(self._filesystem, target)
         with tempfile.TemporaryDirectory(prefix="teacher-") as folder:
             local = Path(folder) / "teacher"
             checkpoint.save(local, result.network, {"seconds": result.seconds, "history": result.history})

@@ -100,9 +100,21 @@ class LocalFiles:
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None  # none yet, or not to be read: everything is fetched again
 
+    def not_copied(self) -> frozenset[str]:
+        """The files that were here before any version was: whoever follows the store has no right to delete them."""
+        if self.copied() is None:
+            return frozenset(self.paths())
+        found = json.loads(self._copied.read_text()).get("not_copied", [])
+        return frozenset(path for path in found if isinstance(path, str)) if isinstance(found, list) else frozenset()
+
     def note_copied(self, manifest: Manifest) -> None:
+        """Note which version the local files are a copy of."""
+        content = {
+            "version": str(manifest.version),
+            "manifest": json.loads(manifest.to_json()),
+            "not_copied": sorted(self.not_copied() - manifest.files.keys()),
+        }
         self._copied.parent.mkdir(parents=True, exist_ok=True)
-        content = {"version": str(manifest.version), "manifest": json.loads(manifest.to_json())}
         atomic_files.write_text(self._copied, json.dumps(content))
 
 
@@ -113,7 +125,8 @@ def _is_unfinished(path: str) -> bool:
 def pull(stored: StoredFiles, local: LocalFiles, choice: Choice) -> bool:
     """Bring the chosen files of the newest version, first the others, then the journal that names them.
 
-    A local file of the trial that the version does not have is deleted: somebody else's leftover.
+    A local file of the trial that the version does not have is deleted, if it was there in an earlier one or came later
+    than the first: somebody else's leftover. What was here before the first version is left alone.
 
     Returns:
         Whether the store has the trial; if not, local files stay as they are.
@@ -136,6 +149,8 @@ def pull(stored: StoredFiles, local: LocalFiles, choice: Choice) -> bool:
 
 def _fetch(stored: StoredFiles, local: LocalFiles, manifest: Manifest, wanted: Chosen) -> None:
     known = local.copied()
+    if known is None:
+        local.note_copied(Manifest(Version(0, 0, 0), {}))  # before anything is brought: what is here now, is its own
     before = {} if known is None else known.files
     paths = sorted(manifest.files, key=lambda path: (path.startswith("journal/"), path.endswith(STUDY_JOURNAL), path))
     for path in paths:
@@ -147,8 +162,9 @@ def _fetch(stored: StoredFiles, local: LocalFiles, manifest: Manifest, wanted: C
             stored.download(path, entry, file)
         elif not there:
             file.unlink(missing_ok=True)  # of another version
+    kept = manifest.files.keys() | local.not_copied()
     for path in local.paths():
-        if path not in manifest.files:
+        if path not in kept:
             (local.root / path).unlink()
     local.note_copied(manifest)
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from search import remote_files
 from search.disk_space import when_it_answers
 from search.mirror import Mirror
 from search.records import TrialResult
@@ -39,15 +40,19 @@ class TrialFiles:
     def stored_at(self, key: str, teacher: str | None) -> float | None:
         """Unix time of the last state that the trial stored, that of the teacher that it trains included.
 
-        None: it stored none, or the storage does not answer. Of a teacher that is copied to an object storage the
-        copies are not looked at.
+        None: it stored none, or the storage does not answer.
         """
+        of_teacher = [] if teacher is None else [f"{teacher}/{name}" for name in TEACHER_FILES]
+        if self.mirror is not None:
+            try:
+                with remote_files.impatient():
+                    return self.mirror.stored_at(key, of_teacher)
+            except Exception:  # that account can do without; what the store says of it is told elsewhere
+                return None
         places = self.places(key)
         own = (places.state, places.rungs, places.stages, places.student, places.verification)
-        times = [time for path in own for time in _changes(path)]
-        if teacher is not None:
-            times += [time for name in TEACHER_FILES for time in _changes(Path(places.teachers) / teacher / name)]
-        return max(times, default=None)
+        paths = (*own, *(Path(places.teachers) / file for file in of_teacher))
+        return max((time for path in paths for time in _changes(path)), default=None)
 
     def end_stopped_verification(self, key: str, result: TrialResult) -> None:
         with self._ending(key, lambda path: is_visible(path) or "/verification/" in path):

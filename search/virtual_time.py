@@ -1,15 +1,14 @@
 """A heap of events in the place of Tune's controller and its workers: calls a searcher and a scheduler in its order.
 
 What is imitated: a slot is filled as soon as it is free; each report goes to the scheduler first, and to the searcher
-unless the scheduler says STOP; a trial whose node is lost starts once more, behind those that wait for a slot already,
-and goes on from its last state; the second loss is its end.
+unless the scheduler says STOP; a trial whose node is lost has ended with an error, and goes on from its last state when
+the searcher suggests it again.
 """
 
 import heapq
 import itertools
 import json
 import math
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +24,6 @@ from search.recipe import derive_seed
 from search.records import TrialResult
 from search.timelines import Report, TrainingMode, Workload, running
 
-# Starts after the first one that a trial may have when its node is lost.
-MAX_FAILURES = 1
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -36,7 +32,7 @@ class Outcome:
     seconds: float  # virtual, since the search began
     accelerator_s: float  # spent by all trials until then
     key: str
-    state: str  # COMPLETE, STOPPED (training), FAILED or LOST (with its node, once too often)
+    state: str  # COMPLETE, STOPPED (training) or FAILED
     objectives: tuple[float, float] | None  # standard accuracy and lower end of certified accuracy, if COMPLETE
     work_s: float  # accelerator seconds that the trial took, its lost starts included
     verification_s: float | None = None  # the part of verification, if COMPLETE
@@ -84,7 +80,7 @@ class VirtualTeachers:
 
 @dataclass
 class _Job:
-    """A trial on its slot, or waiting for one after its node was lost."""
+    """A trial on its slot, or off it since its node was lost."""
 
     trial: TrialStub
     key: str
@@ -123,6 +119,7 @@ class Simulation:
         teachers: where trained teachers are noted; the searcher's queue must read the same.
         clock: is set to the virtual time; the searcher's parts must read the same.
         seed: of stragglers, node losses and the trials' noise.
+        lost: hears Tune's id of a trial that ends with its node, before the searcher does.
     """
 
     def __init__(
@@ -136,6 +133,7 @@ class Simulation:
         teachers: VirtualTeachers,
         clock: Clock,
         seed: int,
+        lost: Callable[[str], None] = lambda trial_id: None,
     ) -> None:
         self._searcher, self._scheduler, self._workload, self._hardware = searcher, scheduler, workload, hardware
         self._mode, self._teachers, self._seed = mode, teachers, seed
@@ -145,7 +143,8 @@ class Simulation:
         self._ids = itertools.count()
         self._on_gpu: list[list[_Job]] = [[] for _ in range(hardware.gpus)]
         self._lost = [False] * hardware.num_nodes
-        self._waiting: deque[_Job] = deque()
+        self._hears_of_loss = lost
+        self._left: dict[str, _Job] = {}  # by their keys
         self._is_exhausted = False
         self._outcomes: list[Outcome] = []
 
@@ -184,7 +183,7 @@ class Simulation:
         return sum(map(len, self._on_gpu))
 
     def _is_idle(self) -> bool:
-        return not self._waiting and self._num_running() == 0
+        return self._num_running() == 0
 
     def _free_gpu(self) -> int | None:
         """The least crowded accelerator with a free place."""
@@ -198,7 +197,7 @@ class Simulation:
     def _fill(self) -> None:
         """Start whatever can start now."""
         while (gpu := self._free_gpu()) is not None:
-            job = self._waiting.popleft() if self._waiting else self._suggested()
+            job = self._suggested()
             if job is None:
                 return
             self._start(job, gpu)
@@ -215,6 +214,9 @@ class Simulation:
         content = json.loads(config["trial"])
         trial = TrialStub(trial_id, config)
         self._scheduler.on_trial_add(None, trial)
+        if (left := self._left.pop(content["key"], None)) is not None:
+            left.trial = trial
+            return left
         seed = derive_seed(self._seed, "noise", content["key"])
         timeline = self._workload.timeline(content["params"], seed, self._mode)
         teacher, reports = timeline.teacher, timeline.reports
@@ -309,12 +311,10 @@ class Simulation:
             job.work += (self._clock.now - job.since) * job.rate
             self._leave(job)
             self._scheduler.on_trial_error(None, job.trial)
-            if job.starts > MAX_FAILURES:
-                self._searcher.on_trial_complete(job.trial.trial_id, error=True)
-                self._note(job, "LOST")
-            else:
-                self._roll_back(job)
-                self._waiting.append(job)
+            self._roll_back(job)
+            self._left[job.key] = job
+            self._hears_of_loss(job.trial.trial_id)
+            self._searcher.on_trial_complete(job.trial.trial_id, error=True)
 
     def _roll_back(self, job: _Job) -> None:
         """What it reported since its last state it reports again, as a worker that goes on from that state does."""

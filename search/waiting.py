@@ -54,13 +54,18 @@ class TeacherQueue:
         key = self._teacher_of(assignment)
         if key is None or key in self._present:
             return True
-        if key in self._trained_by or self._is_trained_elsewhere(key):
+        if self._is_trained(key):
             return False
         if self._teachers.has(key):
             self._present.add(key)
         else:
             self._trained_by[key] = assignment.number
         return True
+
+    def is_kept(self, assignment: Assignment) -> bool:
+        """Whether the trial cannot start because its teacher is trained now; a look, which makes nobody wait."""
+        key = self._teacher_of(assignment)
+        return key is not None and key not in self._present and self._is_trained(key)
 
     def advanced(self, assignment: Assignment, phase: str) -> None:
         """The trial has reached a phase: whatever follows the teacher's shows that the teacher is there."""
@@ -79,6 +84,9 @@ class TeacherQueue:
         key = self._release(assignment, is_present=False)
         if key is not None:
             self._teachers.forget(key, assignment.key)
+
+    def _is_trained(self, key: str) -> bool:
+        return key in self._trained_by or self._is_trained_elsewhere(key)
 
     def _is_trained_elsewhere(self, key: str) -> bool:
         if key not in self._elsewhere:

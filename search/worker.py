@@ -8,7 +8,8 @@ A report is a flat dictionary with the trial's `key` and a `state`:
     WAITING    teacher                       another process trains it; the trial can be started again later
     PAUSED     reason                        the disk is full; the trial can be started again later
     OUT_OF_MEMORY  reason, on_gpu            the trial can be started again with more of it
-    INTERRUPTED  reason                      the storage did not answer; as a death, the trial is tried again
+    INTERRUPTED  reason                      the storage did not answer, or this node's scratch disk is full; as a
+                                             death, the trial is tried again
     COMPLETE   result                        JSON of the TrialResult
     FAILED     reason
 """
@@ -38,7 +39,7 @@ from search.trial import TrialTask, resume_verification, run_trial
 from search.verifying import REPORT_INTERVAL_S, rest_after
 from search.workplace import Workplace
 
-_PLAIN = ("key", "params", "resume", "configuration", "attempt", "deaths", "start")
+_PLAIN = ("key", "params", "resume", "configuration", "attempt", "deaths", "start", "avoid")
 # An undecided image that gets more time gets so many times what it had.
 TIMEOUT_GROWTH = 4.0
 
@@ -80,6 +81,7 @@ class Suggestion:
     share: what it holds; None: as the space file says.
     deaths: what became of its attempts before, in a line.
     start: when, by the driver's clock of nanoseconds that only grow: of two runs of a trial the later one counts.
+    avoid: Ray's ids of nodes where it must not run.
     """
 
     key: str
@@ -91,6 +93,7 @@ class Suggestion:
     share: Share | None = None
     deaths: str = ""
     start: int = field(default_factory=time.monotonic_ns)
+    avoid: tuple[str, ...] = ()
 
     def to_config(self) -> dict[str, Any]:
         # One text: Tune would spell nested values into the trial's name and merge them with its own.
@@ -102,6 +105,7 @@ class Suggestion:
     def from_config(cls, config: dict[str, Any]) -> "Suggestion":
         content = json.loads(config["trial"])
         recipe = Recipe.model_validate_json(content["recipe"])
+        content |= {"avoid": avoid_of(config)}
         return cls(recipe=recipe, share=share_of(config), **{name: content[name] for name in _PLAIN})
 
 
@@ -109,6 +113,11 @@ def share_of(config: dict[str, Any]) -> Share | None:
     """What the trial of a Tune configuration holds, without reading the rest of it."""
     share = json.loads(config["trial"])["share"]
     return None if share is None else Share(**share)
+
+
+def avoid_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """Where the trial of a Tune configuration must not run."""
+    return tuple(json.loads(config["trial"])["avoid"])
 
 
 class TuneReports:

@@ -23,7 +23,7 @@ from pathlib import Path
 from ccdist import locks
 from search import remote_files
 from search.artifact_place import ArtifactPlace
-from search.disk_space import pausing_on_full_disk
+from search.disk_space import DiskFullError, StorageAwayError, pausing_on_full_disk
 from search.manifests import StoredStudy, SupersededError
 from search.places import TrialPlaces
 from search.records import RungValues, TrialResult
@@ -66,9 +66,8 @@ class Workplace:
         Raises:
             SupersededError: the driver has the trial run elsewhere; nothing of this run counts.
             UnreachableError: the store stays away; the trial can go on from what was stored last.
-            DiskFullError: there is no room left here; the same.
             CorruptCheckpointError: the store has something else than what was written there.
-            StorageAwayError: this node does not see the study's folder.
+            StorageAwayError: this node does not see the study's folder, or has no room for scratch files; others may.
         """
         if "://" not in self.artifacts:
             check_sight(Path(self.artifacts) / self.study, self.identifier)
@@ -76,6 +75,7 @@ class Workplace:
             return
         place = ArtifactPlace(self.artifacts)
         with ExitStack() as stack:
+            stack.enter_context(_full_here_only())
             folder = stack.enter_context(_scratch(self.artifacts, key))
             stack.enter_context(pausing_on_full_disk(folder))
             _share_graphs(folder, self.study)
@@ -153,12 +153,22 @@ class _Pushing:
 
 
 @contextmanager
+def _full_here_only() -> Iterator[None]:
+    """A full disk of this node ends no search: what the store has, a trial can go on from elsewhere."""
+    try:
+        yield
+    except DiskFullError as full:
+        raise StorageAwayError(str(full)) from full
+
+
+@contextmanager
 def _scratch(artifacts: str, key: str) -> Iterator[Path]:
     """A new folder for a trial, deleted at the end of the context."""
     root = scratch_root() / hashlib.sha256(artifacts.encode()).hexdigest()[:16]
     with ExitStack() as stack:
-        root.mkdir(mode=0o700, exist_ok=True)
-        with locks.exclusive(root / "lock", wait=True):
+        with pausing_on_full_disk(root.parent):
+            root.mkdir(mode=0o700, exist_ok=True)
+        with pausing_on_full_disk(root), locks.exclusive(root / "lock", wait=True):
             _sweep(root)
             folder = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=root))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)

@@ -44,25 +44,29 @@ class Scripted:
 
 @dataclass
 class ScriptedSearcher:
-    """Suggests trials 0 to n - 1, and notes what it is told and when."""
+    """Suggests trials 0 to n - 1, those that were lost again, and notes what it is told and when."""
 
     count: int
     clock: Any
     told: list[tuple[float, str, str]] = field(default_factory=list)  # virtual seconds, trial key, what
     asked: int = 0
+    live: dict[str, int] = field(default_factory=dict)
+    lost: list[int] = field(default_factory=list)
 
     def suggest(self, trial_id: str) -> Any:
-        if self.asked == self.count:
-            return Searcher.FINISHED
-        self.asked += 1
-        number = self.asked - 1
+        if self.asked == self.count and not self.lost:
+            return None if self.live else Searcher.FINISHED
+        self.asked += not self.lost
+        number = self.live[trial_id] = self.lost.pop(0) if self.lost else self.asked - 1
         return {"trial": json.dumps({"key": f"t-{number}", "params": {"number": number}})}
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         self.told.append((self.clock(), result["key"], result["state"]))
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        self.told.append((self.clock(), result["key"] if result else trial_id, "error" if error else "end"))
+        number = self.live.pop(trial_id)
+        self.told.append((self.clock(), result["key"] if result else f"t-{number}", "error" if error else "end"))
+        self.lost += [number] * error
 
 
 class StopsAtFirstReport(FIFOScheduler):

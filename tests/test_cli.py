@@ -126,8 +126,9 @@ def test_a_storage_that_cannot_be_written(space: Path, tmp_path: Path, capsys: p
 
 
 def test_artifacts_that_are_no_folder(space: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer = refused(capsys, space, "--set", "storage.artifacts=s3://bucket/runs")
-    assert "storage.artifacts is s3://bucket/runs; expected a folder" in answer
+    answer = refused(capsys, space, "--set", "storage.artifacts=ftp://bucket/runs")
+    assert "ftp://bucket/runs is no storage that can be used (" in answer
+    assert "expected a folder, or an address such as s3://BUCKET/PREFIX" in answer
 
 
 def test_another_space_under_the_same_name(

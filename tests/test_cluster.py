@@ -103,7 +103,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def serve() -> Iterator[Callable[[bytes], str]]:
     """Somebody who answers every connection with given bytes; called for the address."""
-    servers = []
+    servers: list[socket.socket] = []
+    threads: list[threading.Thread] = []
 
     def start(words: bytes) -> str:
         server = socket.create_server(("127.0.0.1", 0))
@@ -119,11 +120,16 @@ def serve() -> Iterator[Callable[[bytes], str]]:
                 if words:
                     connection.sendall(words)
 
-        threading.Thread(target=accept, daemon=True).start()
+        threads.append(threading.Thread(target=accept, daemon=True))
+        threads[-1].start()
         return f"127.0.0.1:{server.getsockname()[1]}"
 
     held: list[socket.socket] = []
     yield start
+    for server in servers:
+        server.shutdown(socket.SHUT_RDWR)  # wakes whoever accepts
+    for thread in threads:
+        thread.join()
     for each in (*servers, *held):
         each.close()
 
@@ -199,8 +205,9 @@ def test_addresses_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--address http://head:8265 is a dashboard, which takes jobs only; add --detach" in refusal(
         "http://head:8265"
     )
-    for wrong in ("head", "head:", ":6379", "head:six"):
+    for wrong in ("head", "head:", ":6379", "head:six", "127.0.0.1:²", "head:65536", "head:0", f"head:{'9' * 5000}"):
         assert f"--address {wrong}: expected auto, local, HOST:PORT" in refusal(wrong)
+    assert "no Ray cluster answers at --address a..b:6379" in refusal("a..b:6379")
 
 
 @pytest.mark.usefixtures("alone")
@@ -484,3 +491,17 @@ def test_a_node_holds_the_images_once(tmp_path: Path) -> None:
     for store, grown in workers:
         assert size <= store < 1.1 * size
         assert grown < 0.1 * size
+
+
+def test_who_asks_for_a_number_at_once_hears_too_that_no_node_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    fitting, told = [2], []
+    monkeypatch.setattr(cluster, "RECOUNT_S", 0.0)
+    monkeypatch.setattr(cluster, "_num_fitting", lambda resources: fitting[0])
+    slots = cluster._counted(ResourcesConfig(concurrency=5), True, told.append)
+    assert [slots(), slots()] == [5, 5]
+    fitting[0] = 0
+    assert [slots(), slots(), slots()] == [5, 5, 5]  # trials that wait tell an autoscaler what is wanted
+    assert told == ["waiting: no node that could hold a trial is left; the search goes on when one is back"]
+    fitting[0] = 2
+    assert slots() == 5
+    assert told[1:] == ["nodes are back: 2 trials at once"]

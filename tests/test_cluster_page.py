@@ -119,6 +119,11 @@ def check_cd(words: list[str]) -> None:
         raise PageError(f"cd {words}: no such folder on a node")
 
 
+def check_bash(words: list[str]) -> None:
+    if len(words) != 1 or words[0] not in cluster("docs/clusters/local.yaml")["file_mounts"]:
+        raise PageError(f"bash {words}: no such file on a machine of one's own")
+
+
 def check_ray(words: list[str]) -> None:
     """By Ray's own command line, and its cluster file by being there."""
     context = click.Context(cli, info_name="ray")
@@ -157,6 +162,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "source": check_source,
     "export": check_export,
     "cd": check_cd,
+    "bash": check_bash,
     "ray": check_ray,
     "python": check_python,
     "sbatch": check_sbatch,
@@ -207,6 +213,7 @@ def test_a_command_is_taken_by_what_reads_it(command: str) -> None:
         "ray job submit --adress http://127.0.0.1:8265 -- nvidia-smi",
         "ray exec ray_cluster.yaml 'cd ~/ccdist && python -m search.doctor --clusters spaces/cifar.yaml'",
         "ray exec ray_cluster.yaml 'cd ~/project && python -m search.pack spaces/cifar.yaml'",
+        "ray exec docs/clusters/local.yaml 'bash ~/ccdist/halt.sh'",
         "python -m search.run spaces/cifar.yaml --detatch",
         "python -m search.run spaces/cifar.yaml --set resources.gpus=0.25",
         "python -m search.run spaces/cifar.yaml --set resources.gpu=1.5",

@@ -24,6 +24,7 @@ from search.driver_lock import DriverLock
 from search.locks import LockedError
 from search.space import Space
 from search.storage import Storage
+from search.store_lock import _holder
 from search.study import Study, load_record
 
 if TYPE_CHECKING:  # pytest imports it as a plugin
@@ -94,6 +95,23 @@ def test_a_second_driver_is_refused_until_the_first_is_dead(tmp_path: Path, post
             assert time.monotonic() < died + 2
     with storage.only_driver("tiny"):  # given back at the end
         pass
+
+
+def test_a_lease_in_a_store_names_the_server_and_not_its_address(postgres_server: "PostgresServer") -> None:
+    """As an ordinary user sees it; a copy of the database, on another server, is another."""
+    url = postgres_server.url("postgres")
+    (row,) = postgres_server.execute("SELECT system_identifier FROM pg_control_system()")
+    name = _holder(url)
+    assert str(row[0]) in name
+    assert _holder(url.replace("127.0.0.1", "localhost")) == name
+    assert _holder(url.replace("postgresql://", "postgresql+psycopg://")) == name
+    assert _holder(postgres_server.url("template1")) != name
+    postgres_server.execute("CREATE ROLE plain LOGIN PASSWORD 'plain'")
+    assert _holder(re.sub("//[^@]*@", "//plain:plain@", url)) == name
+    postgres_server.execute("REVOKE EXECUTE ON FUNCTION pg_control_system() FROM public")
+    refused = _holder(re.sub("//[^@]*@", "//plain:plain@", url))
+    assert refused not in ("", name)
+    assert ":plain" not in refused
 
 
 def end_lock_session(server: "PostgresServer") -> None:

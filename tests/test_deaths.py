@@ -26,12 +26,14 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.tune import PlacementGroupFactory
 from studies import config_of, open_study, result
 from test_searcher import FakeFiles, FakeScheduler, FakeTeachers, Log, drive, no_teacher, succeed
 
 from ccdist.training import NonFiniteLossError
-from search import cluster, nodes, ray_deaths
+from search import cluster, execution, nodes, ray_deaths
 from search.asking import Asker, Inline
+from search.bad_hosts import AVOID_S
 from search.budget import Budget, accelerator_hours
 from search.config import BudgetConfig, ResourcesConfig
 from search.deaths import (
@@ -48,7 +50,7 @@ from search.deaths import (
     exhausted,
 )
 from search.endings import is_of_gpu, is_out_of_memory
-from search.nodes import LOOK_S, Leaving, Roomiest
+from search.nodes import LOOK_S, Leaving, Roomiest, ids_on
 from search.ray_deaths import WorkerLostError, cause_of, watched
 from search.records import Death, RungValues
 from search.report import front_json, front_table
@@ -57,7 +59,7 @@ from search.searcher import IDENTICAL_FAILURES, StudySearcher
 from search.shares import Node, Share, Shares, memory_class
 from search.study import Study
 from search.trial_files import TrialFiles
-from search.waiting import TeacherQueue
+from search.waiting import RETRY_S, TeacherQueue
 from search.worker import Suggestion
 
 pytestmark = pytest.mark.timeout(30)  # the first test pays for importing Ray
@@ -71,6 +73,9 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- A search whose trials die -------------------------------------------------------------------------------------
+
+
+NODE = Node(8.0, 4)
 
 
 @dataclass
@@ -89,7 +94,7 @@ class Bench:
     teacher: str | None = None
     now: float = 1_000_000.0
     number: int = 0
-    node: Node | None = Node(8.0, 4)
+    node: Node | None = NODE
 
     def __post_init__(self) -> None:
         self.start()
@@ -113,11 +118,13 @@ class Bench:
         )
         self.searcher._retries._clock = lambda: self.now
 
-    def next(self) -> tuple[str, Suggestion]:
-        """The next trial, which has to come at once."""
+    def next(self, *, starts: bool = True) -> tuple[str, Suggestion]:
+        """The next trial, which has to come at once; starts: it need not wait in Ray's queue."""
         self.number += 1
         config = self.searcher.suggest(f"tune{self.number}")
         assert isinstance(config, dict), config
+        if starts:
+            self.searcher.on_trial_start(f"tune{self.number}")
         return f"tune{self.number}", Suggestion.from_config(config)
 
     def fill(self) -> dict[str, Suggestion]:
@@ -125,6 +132,7 @@ class Bench:
         started: dict[str, Suggestion] = {}
         while isinstance(config := self.searcher.suggest(f"tune{self.number + 1}"), dict):
             self.number += 1
+            self.searcher.on_trial_start(f"tune{self.number}")
             started[f"tune{self.number}"] = Suggestion.from_config(config)
         return started
 
@@ -331,6 +339,131 @@ def test_what_was_lost_began_with_the_last_stored_state(bench: Bench) -> None:
     assert front_json(record)["trials"][0]["deaths"][0] == asdict(first)
 
 
+def test_time_in_ray_s_queue_is_not_lost(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, resources={"gpu": 1})
+    trial_id, suggestion = bench.next(starts=False)
+    bench.now += 36_000
+    bench.searcher.on_trial_start(trial_id)
+    bench.now += 5
+    bench.die(trial_id, NODE_LOST)
+    trial_id, again = bench.next(starts=False)
+    assert (again.key, again.attempt) == (suggestion.key, 2)
+    bench.now += 36_000
+    bench.die(trial_id, "worker failed: ImportError: no torch")  # it never began
+    assert [death.lost_seconds for death in bench.study.trials()[0].deaths] == [5, 0]
+    assert accelerator_hours(bench.study.trials(), ResourcesConfig(gpu=1)) == 5 / 3600
+
+
+def test_nodes_that_are_lost_on_the_way_do_not_add_up(bench: Bench) -> None:
+    """Spot nodes may go any number of times, as long as the trial comes further in between."""
+
+    def preempted(*, stores: bool) -> None:
+        trial_id, suggestion = bench.next()
+        bench.now += 3600
+        if stores:
+            bench.files.stored[suggestion.key] = bench.now - 10
+        bench.die(trial_id, NODE_PREEMPTED)
+
+    for count in range(3 * OTHER_DEATHS):
+        preempted(stores=count % OTHER_DEATHS == 5)
+    bench.start()  # the next driver knows
+    for _ in range(OTHER_DEATHS - 14):
+        preempted(stores=False)
+    assert bench.study.trials()[0].state == "RUNNING"
+    preempted(stores=False)
+    assert bench.study.trials()[0].state == "FAILED"
+    assert sum(death.advanced for death in bench.study.trials()[0].deaths) == 3
+
+
+# ---- Bad hosts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_host_where_one_attempt_after_the_other_dies_is_avoided_for_a_while(tmp_path: Path) -> None:
+    bench, now = Bench(tmp_path, slots=4, target=8), [0.0]
+    bench.searcher._hosts._clock = lambda: now[0]
+    bench.searcher._node_ids = lambda hosts, share: tuple(f"id of {host}" for host in sorted(hosts))
+    running = [bench.next() for _ in range(4)]
+    for trial_id, _ in running[:2]:
+        bench.die(trial_id, f"{STORAGE_AWAY}: /x", "bad")
+    again = bench.next()
+    bench.searcher.on_trial_result(again[0], a_report(again[1].key) | {"hostname": "bad"})  # one comes further there
+    for trial_id, _ in (running[2], running[3]):
+        bench.die(trial_id, f"{STORAGE_AWAY}: /x", "bad")
+    assert bench.next()[1].avoid == ()
+    bench.die(again[0], "worker failed: ImportError: x", "bad")
+    waiting, started = bench.next(starts=False), bench.next()
+    assert waiting[1].avoid == started[1].avoid == ("id of bad",)
+    assert Suggestion.from_config(waiting[1].to_config()) == waiting[1]
+    bench.next()
+    assert bench.nothing_now()
+    assert bench.scheduler.taken_back == set()
+    now[0] = AVOID_S
+    assert bench.nothing_now()
+    assert bench.scheduler.taken_back == {waiting[0]}  # the host may be well again
+    bench.searcher.on_trial_complete(waiting[0])
+    again = bench.next()
+    assert (again[1].key, again[1].attempt, again[1].avoid) == (waiting[1].key, waiting[1].attempt, ())
+    bench.die(again[0], f"{STORAGE_AWAY}: /x", "bad")
+    now[0] += 2 * AVOID_S - 1  # it was not, and has longer to get well
+    assert bench.next()[1].avoid == ("id of bad",)
+
+
+def test_one_bad_node_ends_no_search(tmp_path: Path) -> None:
+    """Four places where trials take 180 minutes, and four of a node where each dies after one."""
+    bench, now = Bench(tmp_path, slots=8, target=40), 0.0
+    bench.searcher._hosts._clock = lambda: 60 * now
+    bench.searcher._node_ids = lambda hosts, share: tuple(hosts)
+    free, queue, events = {"good": 4, "bad": 4}, [], []
+
+    def place() -> None:
+        for trial_id, suggestion in list(queue):
+            where = next((node for node in ("bad", "good") if free[node] and node not in suggestion.avoid), None)
+            if where is not None:
+                queue.remove((trial_id, suggestion))
+                free[where] -= 1
+                bench.searcher.on_trial_start(trial_id)
+                events.append((now + (180 if where == "good" else 1), trial_id, where, suggestion))
+
+    while (config := bench.searcher.suggest(f"tune{bench.number}")) != StudySearcher.FINISHED:
+        if isinstance(config, dict):
+            queue.append((f"tune{bench.number}", Suggestion.from_config(config)))
+            bench.number += 1
+            place()
+            continue
+        for trial_id, suggestion in [each for each in queue if each[0] in bench.scheduler.taken_back]:
+            queue.remove((trial_id, suggestion))
+            bench.searcher.on_trial_complete(trial_id)
+        if bench.scheduler.taken_back:
+            bench.scheduler.taken_back.clear()
+            continue
+        events.sort(key=lambda event: event[:2])
+        now, trial_id, where, suggestion = events.pop(0)
+        free[where] += 1
+        if where == "good":
+            bench.complete(trial_id, suggestion)
+        else:
+            away = {"state": "INTERRUPTED", "reason": "storage away: /x", "hostname": "bad"}
+            bench.searcher.on_trial_complete(trial_id, away)
+        place()
+    assert (bench.searcher.stop_reason, bench.study.num_done(), bench.study.num_failed()) == (None, 40, 0)
+    assert now == pytest.approx(40 / 4 * 180, abs=30)
+    assert sum(len(trial.deaths) for trial in bench.study.trials()) < 40
+
+
+def test_no_host_is_avoided_that_nothing_can_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def node(name: str, cpus: float, *, alive: bool = True) -> dict[str, Any]:
+        return {"Alive": alive, "NodeID": f"id-{name}", "NodeManagerHostname": name, "Resources": {"CPU": cpus}}
+
+    monkeypatch.setattr("search.nodes.ray.nodes", lambda: [node("a", 4), node("b", 2), node("c", 8, alive=False)])
+    resources = ResourcesConfig(cpu=2)
+    assert ids_on(resources, {"a"}, Share(2, 0)) == ("id-a",)
+    assert ids_on(resources, {"a"}, Share(4, 0)) == ()
+    assert ids_on(resources, {"a", "b"}, Share(2, 0)) == ()
+    held = execution._held(resources, {"trial": json.dumps({"share": None, "avoid": ["id-a", "id-b"]})})
+    selector = {"ray.io/node-id": "!in(id-a,id-b)"}
+    assert held == PlacementGroupFactory([{"CPU": 2, "GPU": 0}], bundle_label_selector=[selector])
+
+
 def test_nothing_lost_is_not_worth_a_line(bench: Bench) -> None:
     drive(bench.searcher, succeed)
     assert account(bench.study.record()) == ""
@@ -370,6 +503,9 @@ def test_a_resumed_verification_that_dies_is_tried_again_and_in_the_account(tmp_
         bench.die(trial_id, WORKER_KILLED)
     assert attempts == [3 - 1 + count for count in range(WORKER_DEATHS + 1)]
     assert bench.searcher.suggest("x") == StudySearcher.FINISHED  # it keeps its interval
+    assert len(bench.log.keys("lost")) == WORKER_DEATHS + 1
+    (kept,) = [event for event in bench.log.events if event[0] == "kept"]
+    assert kept[2].startswith("worker died 5 times: 4 worker killed, 1 node lost")
     assert (bench.study.trials()[0].state, bench.study.trials()[0].certified_upper) == ("COMPLETE", 0.7)
     known = open_study(bench.study.config, tmp_path / "study.db").trials()[0].deaths
     assert [death.reason for death in known] == [NODE_LOST] + [WORKER_KILLED] * (WORKER_DEATHS + 1)
@@ -480,6 +616,27 @@ def test_the_largest_node_is_looked_for_anew_before_a_larger_share_is_used(tmp_p
     assert memory_held(bench) == pytest.approx(1.8)
 
 
+def test_what_waits_for_a_node_that_is_gone_is_suggested_anew(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, slots=40)
+    bench.die(bench.next()[0], KILLED_FOR_MEMORY)
+    trial_id, waiting = bench.next(starts=False)
+    assert waiting.share == Share(1, 0, 4.0)
+    for node in (Node(4.0, 4), None):  # it still fits; it may fit the next one
+        bench.node = node
+        bench.fill()
+        assert bench.scheduler.taken_back == set()
+    bench.node = Node(2.0, 4)
+    bench.fill()
+    assert bench.scheduler.taken_back == {trial_id}
+    bench.searcher.on_trial_complete(trial_id, None)
+    _, again = bench.next()
+    assert (again.key, again.attempt, again.share) == (waiting.key, waiting.attempt, Share(1, 0, 1.8))
+    bench.scheduler.taken_back.clear()
+    bench.node = Node(1.0, 4)
+    bench.fill()
+    assert bench.scheduler.taken_back == set()  # it runs
+
+
 @pytest.mark.parametrize(
     ("before", "after", "on_gpu", "expected"),
     [
@@ -531,7 +688,7 @@ def test_the_largest_node_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None
     assert roomiest(anew=True) == Node(8.0, 2)
     monkeypatch.setattr(nodes.ray, "nodes", lambda: 1 / 0)
     assert roomiest(anew=True) == Node(8.0, 2)  # the head is away for a moment
-    monkeypatch.setattr(nodes.ray, "nodes", lambda: [])
+    monkeypatch.setattr(nodes.ray, "nodes", list)
     assert roomiest(anew=True) is None
 
 
@@ -568,43 +725,30 @@ def test_as_many_large_trials_run_as_there_are_gpus(tmp_path: Path) -> None:
     assert [suggestion.share for suggestion in bench.fill().values()] == [Share(1, 1.0)] * 2
 
 
-def test_no_room_is_kept_for_a_large_trial_whose_teacher_is_trained_elsewhere(tmp_path: Path) -> None:
+def test_no_room_is_kept_for_a_large_trial_whose_teacher_is_trained_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until the teacher is there: then nothing smaller starts before it."""
+    monkeypatch.setattr("search.shares.memory_class", repr)  # each trial is its own
     bench = Bench(tmp_path, resources={"gpu": 0.25}, target=40, slots=4)
     now = [0.0]
-    queue = TeacherQueue(lambda each: "T" if each.params["loss"] == "cc_dist" else None, bench.teachers, lambda: now[0])
+    queue = TeacherQueue(lambda each: None if each.number else "T", bench.teachers, lambda: now[0])
     bench.searcher._teachers = queue
-    running: dict[str, Suggestion] = {}
-
-    def taught() -> str | None:
-        return next((trial_id for trial_id, each in running.items() if each.recipe.needs_teacher), None)
-
-    def next_taught() -> str:
-        for _ in range(20):
-            running.update(bench.fill())
-            if (trial_id := taught()) is not None:
-                return trial_id
-            first = next(iter(running))
-            bench.complete(first, running.pop(first))
-        raise AssertionError("no trial with a teacher was asked for")
-
     for _ in range(2):
-        trial_id = next_taught()
-        del running[trial_id]
-        bench.lack(trial_id, on_gpu=True)
-    trial_id = next_taught()
-    large = running.pop(trial_id)
-    assert large.share == Share(1, 1.0)
+        bench.lack(bench.next()[0], on_gpu=True)
+    trial_id, large = bench.next()
+    assert (large.key, large.share) == ("tiny-0000", Share(1, 1.0))
     bench.teachers.holders["T"] = "another search"
     bench.searcher.on_trial_complete(trial_id, {"state": "WAITING", "teacher": "T"})
-    for _ in range(3):
+    running: dict[str, Suggestion] = {}
+    for _ in range(4):
         running.update(bench.fill())
-        assert (len(running), taught()) == (4, None)
-        now[0] += 60
+        assert len(running) == 4
+        now[0] += 2 * RETRY_S  # the other search is asked again
         first = next(iter(running))
         bench.complete(first, running.pop(first))
     bench.teachers.holders.clear()
-    now[0] += 60
+    now[0] += 2 * RETRY_S
     while running:
         assert bench.fill() == {}
         first = next(iter(running))
@@ -622,7 +766,7 @@ def test_a_verification_that_goes_on_with_more_counts_with_more(tmp_path: Path) 
     bench.lack(trial_id, on_gpu=True)
     assert bench.next()[1].share == Share(1, 0.5)
     for study in (bench.study, open_study(bench.study.config, tmp_path / "study.db")):
-        (trial,) = study.trials()
+        trial = study.trials()[0]
         assert (trial.state, trial.accelerators) == ("COMPLETE", 0.5)
 
 

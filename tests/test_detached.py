@@ -104,6 +104,25 @@ def test_a_search_is_handed_over(space: Path, client: FakeClient, capsys: pytest
         assert command_there in told
 
 
+def test_a_search_that_ends_at_once_says_why(
+    space: Path, client: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.log = "some warning\nerror: study tiny exists with another space (student.epochs: stored 5, given 6)\n"
+    client.status = JobStatus.FAILED
+    told = refused(capsys, space, "--detach", "--address", URL)
+    assert told == (
+        f"error: study tiny exists with another space (student.epochs: stored 5, given 6) (job tiny-1 on {URL})\n"
+    )
+    # A line of that kind from a driver that goes on is no end, and one that says nothing yet is not waited for long.
+    client.status, client.log = JobStatus.RUNNING, "error: a worker said this\nstudy tiny: digits, 0 of 9 trials done"
+    client.jobs.clear()
+    assert run.main([str(space), "--detach", "--address", URL]) == 0
+    client.jobs.clear()
+    client.log = ""
+    monkeypatch.setattr(detached, "WATCH_S", 0.1)
+    assert run.main([str(space), "--detach", "--address", URL]) == 0
+
+
 def test_a_study_has_one_job_at_a_time(space: Path, client: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (space, "--detach", "--address", URL)
     assert run.main([str(word) for word in arguments]) == 0
@@ -137,6 +156,72 @@ def test_what_cannot_be_handed_over(
     with pytest.raises(SystemExit) as caught:
         run.main([str(space), "--detach", "--dry-run"])
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [
+        ("storage.artifacts=s3://b/p?secret_key=XYZ&access_key=XYZ", "s3://b/p?***"),
+        ("storage.artifacts=s3://b/p?XYZ=1", "s3://b/p?***"),
+        ("storage.artifacts=gs://XYZ@b/p", "gs://***@b/p"),
+        ('storage={artifacts: "s3://XYZ@b/p"}', "s3://***@b/p"),
+        ("storage.study=postgresql://u@db/s?passwd=XYZ", "postgresql://***@db/s?***"),
+        ("storage.study=https://XYZ@host", "https://***@host"),
+        ("tracking.uri=https://XYZ@host", "https://***@host"),
+        ("data.path=https://host/images?sig=XYZ", "https://host/images?***"),
+    ],
+)
+def test_no_login_reaches_the_dashboard(
+    setting: str, shown: str, space: Path, client: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(capsys, space, "--detach", "--address", URL, "--set", setting)
+    assert shown in told
+    assert "XYZ" not in told
+    assert client.submitted == []
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "storage.artifacts=s3://b/p?region=eu-west-1&endpoint_override=host:9000",
+        "storage.artifacts=abfs://container@account.dfs.core.windows.net/p",
+        "storage.study=postgresql://u@db/s?sslmode=require",
+        'tracking={uri: "http://host:5000"}',
+    ],
+)
+def test_an_address_without_a_login_is_handed_over(setting: str, space: Path, client: FakeClient) -> None:
+    assert run.main([str(space), "--detach", "--address", URL, "--set", setting]) == 0
+    assert shlex.quote(setting) in client.submitted[0]["entrypoint"]
+
+
+@pytest.mark.parametrize("address", ["http://me:XYZ@head:8265", "http://XYZ@head:8265", "http://head:8265?token=XYZ"])
+def test_a_login_in_the_clusters_address_is_refused(
+    address: str, space: Path, client: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [refused(capsys, space, "--detach", "--address", address)]
+    assert front.main(["tiny", "--address", address]) == 2
+    told.append(capsys.readouterr().err)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    told.append(refused(capsys, space, "--detach"))
+    for line in told:
+        assert "leave it out" in line
+        assert "XYZ" not in line
+    args = run._parser().parse_args([str(space), "--address", address])
+    assert "XYZ" not in run._command(args)
+    assert client.submitted == []
+
+
+def test_the_front_that_is_named_finds_the_study(
+    tmp_path: Path, client: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_file = write_space(tmp_path / "tiny.yaml", tree(storage={"study": "postgresql://me:XYZ@db/s?sslmode=require"}))
+    assert run.main([str(in_file), "--detach", "--address", URL]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  front:")]
+    args = front._parser().parse_args(shlex.split(line)[4:])
+    assert (args.study, args.address, args.study_url) == ("tiny", URL, "postgresql://me@db/s?sslmode=require")
+    assert run.main([str(in_file), "--detach", "--address", URL, "--storage", "x", "--set", "name=other"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  front:")]
+    assert shlex.split(line)[6:] == [URL, "--storage", "x"]
 
 
 def test_go_on_is_what_handed_the_search_over(space: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +263,11 @@ def test_paths_are_the_heads(tmp_path: Path) -> None:
         *("--set", 'name="$(touch x)"', "--set", "a='b'", "*", str(home)),
     ]
     assert list((tmp_path / "work").iterdir()) == list(home.iterdir()) == []
+
+
+def test_a_file_is_sent_along_however_it_is_named(tmp_path: Path) -> None:
+    words = shell(tmp_path, command("search.front", ["./x.yaml", "--json"], Path("./x.yaml")))
+    assert words[3:5] == [f"{tmp_path}/work/x.yaml", "--json"]
 
 
 def front_args(*words: str) -> Any:

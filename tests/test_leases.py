@@ -68,6 +68,24 @@ def test_one_holder_until_it_gives_back(storage: tuple[FileSystem, str]) -> None
     assert files(storage) == []
 
 
+def test_a_name_of_any_length_is_held_apart_from_others(storage: tuple[FileSystem, str]) -> None:
+    names = [f"{'/long' * 100} {number} {'ä' * 40}" for number in (1, 2)]
+    one, other = process(storage, Clock()), process(storage, Clock(1e6))
+    lease = acquired(one, names[0])
+    held = other.acquire("key", names[1])
+    assert isinstance(held, Held)
+    assert held.holder.endswith(f"...{'?' * 40}")
+    (claim,) = [name for name in files(storage) if name.endswith(".claim")]
+    assert len(claim.encode()) < 255
+    with storage[0].open_input_stream(f"{storage[1]}/key/{claim}") as stream:
+        assert stream.read().decode() == names[0]
+    lease.beat()
+    assert not lease.lost
+    acquired(other, names[0])  # its successor
+    lease.beat()
+    assert lease.lost
+
+
 def test_a_holder_is_dead_once_its_beat_stands_still_for_the_watchers_expiry(storage: tuple[FileSystem, str]) -> None:
     clock = Clock(1e6)  # far from the holder's
     lease, watcher = acquired(process(storage, Clock()), "dead"), process(storage, clock)

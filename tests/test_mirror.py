@@ -1,5 +1,6 @@
 """Artefacts in an object store: whatever is cut off, delayed, repeated or overtaken, what counts there is whole."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -7,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from object_store import Disk, Killed, Store, Turns
+from pyarrow.fs import LocalFileSystem
 from studies import config_of, result
 
 from ccdist.checkpoint import CorruptCheckpointError, NewerFormatError
+from ccdist.networks import build_network
+from ccdist.training import TrainingResult
 from search import leases, remote_files, store_lock, workplace
 from search.artifact_place import ArtifactPlace, PlaceError, probe
-from search.disk_space import StorageAwayError
+from search.disk_space import DiskFullError, StorageAwayError
+from search.errors import UserError
 from search.leases import Lease, Leases
 from search.locks import LockedError
 from search.manifests import Entry, Manifest, StoredFiles, SupersededError, Version
@@ -22,6 +28,7 @@ from search.places import TrialPlaces, load_result, save_result
 from search.records import RungValues, TrialResult
 from search.remote_files import UnreachableError
 from search.storage import Storage, StorageError
+from search.teachers import TeacherStore
 from search.trial_copies import STUDY_KEY, LocalFiles, Writer, is_record, is_state, is_visible, pull
 from search.trial_files import TrialFiles
 from search.workplace import Workplace
@@ -140,6 +147,7 @@ def test_a_kill_between_any_two_operations_leaves_a_whole_moment(tmp_path: Path,
             live(second, folder / "second", 2, MOMENTS[position:] + [{JOURNAL: "never"}] * 9)
         later = counted(disk, folder)
         assert later in [found, *MOMENTS[position:], {JOURNAL: "never"}]
+        LocalFiles(folder / "third", KEY).note_copied(Manifest(Version(0, 0, 1), {}))
         put(folder / "third", {f"{FOLDER}/leftover": "of somebody else"})
         (first,) = live(Store(disk, whole=whole), folder / "third", 3)
         assert first == later
@@ -396,6 +404,89 @@ def test_a_refusal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnreachableError, match=r"ACCESS_DENIED during HeadObject$"):
         remote_files.exists(Store(Disk(), before=refuse), "bucket/x")
     assert calls == [0]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT])
+def test_a_mount_that_comes_back_is_waited_for(number: int) -> None:
+    store = Store(Disk(), before=at(0, OSError(number, os.strerror(number))))
+    assert not remote_files.exists(store, "bucket/x")
+
+
+class NoFolders(Store):
+    """A store in which to make a folder fails once, as one that was away for a moment."""
+
+    failed = False
+
+    def create_dir(self, path: str, *, recursive: bool) -> None:
+        if not self.failed:
+            self.failed = True
+            raise OSError("AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 7")
+
+
+def test_a_lease_and_a_teacher_survive_an_outage_at_the_making_of_a_folder() -> None:
+    assert isinstance(Leases(NoFolders(Disk()), "bucket/teachers").acquire("key", "trial"), Lease)
+    disk = Disk()
+    lease = TeacherStore(Store(disk), "bucket/teachers").acquire("key", "trial")
+    assert isinstance(lease, Lease)
+    network = build_network("mlp", input_shape=(1, 2, 2), num_classes=2, width=2, seed=0).eval()
+    store = TeacherStore(NoFolders(disk), "bucket/teachers")
+    store.train(lease, lambda _state: TrainingResult(network, [], 1.0))
+    assert torch.equal(store.load("key").network(torch.ones(1, 1, 2, 2)), network(torch.ones(1, 1, 2, 2)))
+
+
+class Resolver:
+    """In place of `FileSystem`: its first answers are errors."""
+
+    def __init__(self, folder: Path, errors: list[str]) -> None:
+        self.folder, self.errors, self.calls = folder, errors, 0
+
+    def from_uri(self, uri: str) -> tuple[LocalFileSystem, str]:
+        self.calls += 1
+        if self.errors:
+            raise OSError(self.errors.pop(0))
+        return LocalFileSystem(), f"{self.folder}/{uri.partition('://')[2].partition('?')[0]}"
+
+
+REGION = "When resolving region for bucket 'b': AWS Error NETWORK_CONNECTION during HeadBucket operation: curlCode: 6"
+
+
+def test_a_worker_waits_for_a_store_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is raised in the end says that the store is away: no trial fails of it."""
+    monkeypatch.setenv(workplace.SCRATCH, str(tmp_path / "scratch"))
+    resolver = Resolver(tmp_path, [REGION] * 3)
+    monkeypatch.setattr(remote_files, "FileSystem", resolver)
+    work("s3://b/waited", 1, lambda places, _: state(places, "last"), Told(lambda: None))
+    assert resolver.calls == 4
+    resolver.errors = [REGION] * 2
+    assert not TeacherStore.of("s3://b/waited/teachers").has("key")
+    resolver.errors = [REGION] * 10_000
+    for act in (lambda: work("s3://b/away", 1, trained, Told(lambda: None)), lambda: TeacherStore.of("s3://b/t")):
+        with pytest.raises(StorageAwayError, match="NETWORK_CONNECTION"):
+            act()
+
+
+def test_a_driver_does_not_wait_for_a_store_that_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_files, "PATIENCE_S", 100.0)
+    resolver = Resolver(tmp_path, [REGION] * 3)
+    monkeypatch.setattr(remote_files, "FileSystem", resolver)
+    assert "cannot be used (When resolving region" in str(probe("s3://b/driver"))
+    monkeypatch.chdir(tmp_path)
+    storage = Storage.of(config_of(tmp_path, storage={"artifacts": "s3://b/driver"}), None)
+    for act in (storage.prepare, lambda: storage.mirror("tiny")):
+        with pytest.raises(UserError, match=r"^storage s3://b/driver cannot be used \(When resolving region") as caught:
+            act()
+        assert "\n" not in str(caught.value)
+    assert resolver.calls == 3
+
+
+def test_a_bucket_that_is_not_there_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_files, "PATIENCE_S", 100.0)
+    resolver = Resolver(tmp_path, ["Bucket 'b' not found"])
+    monkeypatch.setattr(remote_files, "FileSystem", resolver)
+    with pytest.raises(UnreachableError, match="not found"):
+        TeacherStore.of("s3://b/none")
 
 
 # ---- A worker ------------------------------------------------------------------------------------------------------
@@ -667,6 +758,77 @@ def test_each_driver_has_a_greater_number(uri: str, tmp_path: Path) -> None:
     assert [mirror(uri, tmp_path / name).epoch for name in "abc"] == [1, 2, 3]
 
 
+def kept(root: Path) -> dict[str, str]:
+    """A finished trial of a study that was kept in a folder."""
+    put(root, MOMENTS[-1])
+    (root / "study.id").write_text("one")
+    return got(root)
+
+
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_a_study_that_is_kept_elsewhere_is_not_moved_to_a_store(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_copy: bool
+) -> None:
+    """Kept in a folder, or copied from another store than this one: what this one lacks, its workers would lack."""
+    monkeypatch.chdir(tmp_path)
+    storage = Storage.of(config_of(tmp_path, storage={"artifacts": uri}), None)
+    root = storage.study_folder("tiny")
+    before = kept(root)
+    if is_copy:
+        LocalFiles(root, KEY).note_copied(Manifest(Version(1, 1, 1), {}))
+    storage.prepare()
+    told = rf"holds 1 trials that \S+ lacks, such as {KEY}: .*; go on where"
+    with pytest.raises(StorageError, match=told) as caught, storage.only_driver("tiny"):
+        raise AssertionError("the driver began")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StorageError, match="holds 1 trials"):
+        storage.claim("tiny", "one")
+    assert got(root) == before
+    one = mirror(uri, tmp_path / "one")
+    assert (one.owner(), one.is_empty()) == (None, True)
+    there = mirror(uri, storage.artifacts)
+    there.set_owner("one")
+    with there.changing(KEY):  # a trial that it has, whatever of it
+        pass
+    with storage.only_driver("tiny"):
+        storage.claim("tiny", "one")
+    assert got(root) == before
+
+
+def test_only_what_came_from_the_store_is_deleted_again(uri: str, tmp_path: Path) -> None:
+    root = tmp_path / "one" / "tiny"
+    before = kept(root)
+    own_files = {path: text for path, text in before.items() if path != JOURNAL}
+    work(uri, 1, trained, Told(lambda: None))
+    one = mirror(uri, tmp_path / "one")
+    one.pull()
+    brought = f"{FOLDER}/student/weights.safetensors"
+    assert brought in got(root)
+    for start in (2, 3):
+        work(uri, start, lambda places, _: (places.student / "weights.safetensors").unlink(missing_ok=True), Told(int))
+        one.pull()
+        assert own_files.items() - {(f"{FOLDER}/student/network.json", "mlp")} <= got(root).items()
+        assert brought not in got(root)
+    (root / FOLDER / "later").write_text("a leftover of a driver that died")
+    with one.changing(KEY):
+        pass
+    assert f"{FOLDER}/later" not in got(root)
+    assert f"{FOLDER}/result.json" in got(root)
+
+
+def test_a_name_that_is_no_trials_is_passed_over(uri: str, tmp_path: Path) -> None:
+    kept(tmp_path / "one" / "tiny")
+    one = mirror(uri, tmp_path / "one")
+    filesystem, root = _opened(uri)
+    for key in (".", "..", "a/b"):
+        path = f"{root}/manifests/{key}/{Version(1, 1, 1)}.json"
+        remote_files.publish(filesystem, path, b'{"format_version": 1, "files": {}}')
+    before = got(tmp_path / "one" / "tiny")
+    one.pull()
+    assert one.is_empty()
+    assert got(tmp_path / "one" / "tiny") == before
+
+
 def test_two_studies_of_one_name_do_not_meet(uri: str, tmp_path: Path) -> None:
     storages = []
     for name in ("here", "there"):
@@ -700,6 +862,32 @@ def test_copies_of_a_database_do_not_write_one_store(uri: str, tmp_path: Path, m
         assert dead.lost
 
 
+def test_a_database_with_a_long_name_can_be_locked(uri: str, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/{'x' * 120}/{'ö' * 100}/study.db"
+    with store_lock.store_lock(ArtifactPlace.of(uri), "tiny", url) as lock:
+        assert lock.still_held()
+    with store_lock.store_lock(ArtifactPlace.of(uri), "tiny", url):
+        pass
+
+
+def test_a_database_of_another_machine_has_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers of one image have one host name and one path."""
+    names = set()
+    for number in ("1", "2", ""):
+        (tmp_path / "id").write_text(number)
+        monkeypatch.setattr(store_lock, "_MACHINE_ID", tmp_path / "id")
+        names.add(store_lock._holder("sqlite:////study.db"))
+    monkeypatch.setattr(store_lock, "_MACHINE_ID", tmp_path / "none")
+    assert store_lock._holder("sqlite:////study.db") in names
+    assert len(names) == 3
+
+
+def test_a_server_that_does_not_say_which_it_is_goes_by_its_address() -> None:
+    names = [store_lock._holder(f"postgresql://me:word@127.0.0.1:{port}/x") for port in (1, 2)]
+    assert len(set(names)) == 2
+    assert not any("word" in name for name in names)
+
+
 def _opened_lock(place: ArtifactPlace) -> tuple[Any, str]:
     filesystem, root = place.open()
     return filesystem, f"{root}/tiny/lock"
@@ -715,3 +903,56 @@ def test_a_driver_without_the_folder_stores_nothing(uri: str, tmp_path: Path) ->
     stranger.push_study()
     filesystem, root = _opened(uri)
     assert sorted(remote_files.paths(filesystem, root)) == ["study.id"]
+
+
+# ---- What a death costs ----------------------------------------------------------------------------------------------
+
+
+class Unheard:
+    """Reports of a trial to nobody."""
+
+    def advanced(self, phase: str, done: int, of: int) -> None: ...
+    def rung(self, name: str, values: RungValues) -> None: ...
+    def verifying(self, result: TrialResult, phase: str, done: int, of: int) -> None: ...
+
+
+def test_a_state_is_as_old_as_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver has no copies of states, and its copies of the rest are as old as their bringing."""
+    monkeypatch.setenv(workplace.SCRATCH, str(tmp_path / "scratch"))
+    uri, store = f"file://{tmp_path}/store", tmp_path / "store"
+    mirror = Mirror(ArtifactPlace.of(uri), "tiny", tmp_path / "driver", None)
+    files = TrialFiles(tmp_path / "driver", "tiny", mirror)
+    assert files.stored_at(KEY, "teacher") is None
+    with Workplace(uri, "tiny", 1).trial(KEY, 1, Unheard()) as (places, reports):
+        places.folder.mkdir(parents=True, exist_ok=True)
+        places.state.write_text("epoch 60 of 100")
+        reports.rung("1/3", RungValues(0.5, 0.5, 36000.0))
+        (state,) = store.rglob("state.safetensors")
+        os.utime(state, (1000, 1000))
+        (places.folder / "student").mkdir()
+        (places.folder / "student" / "network.json").write_text("mlp")
+    assert next(store.rglob("network.json")).stat().st_mtime > 1000
+    mirror.pull()
+    assert files.stored_at(KEY, None) == 1000
+    for name, at in (("state.safetensors", 2000), ("teacher.json", 1500)):
+        file = store / "teachers" / "teacher" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (at, at))
+    assert files.stored_at(KEY, "teacher") == 2000
+    monkeypatch.setattr(mirror, "stored_at", lambda *_: 1 / 0)
+    assert files.stored_at(KEY, "teacher") is None
+
+
+def test_a_full_scratch_disk_is_a_matter_of_its_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search goes on elsewhere; before, one such node paused all of it."""
+    monkeypatch.setenv(workplace.SCRATCH, str(tmp_path / "scratch"))
+    place = Workplace(f"file://{tmp_path}/store", "tiny", 1)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(StorageAwayError, match="is full"), place.trial(KEY, 1, Unheard()):
+        raise DiskFullError("the disk of /scratch is full")
+    with pytest.raises(StorageAwayError, match=r"the disk of \S+ is full"), place.trial(KEY, 2, Unheard()):
+        raise full
+    monkeypatch.setattr(workplace.tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(full))
+    with pytest.raises(StorageAwayError, match="is full"), place.trial(KEY, 3, Unheard()):
+        pass

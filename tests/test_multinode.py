@@ -233,7 +233,7 @@ def enduring(task: TrialTask, dataset: Dataset, *, device: torch.device, reports
 def test_workers_that_ray_ends_for_want_of_memory_end_their_trials_and_not_tune(
     nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a node that counts as full from 1 % of its memory on. The first trial gets all of it; more there is not."""
+    """On a node that counts as full from 1 % of its memory on. The first trial gets nearly all; more there is not."""
     config = config_of(
         tmp_path, search__points=[], tracking__enabled=False, student__loss={"kind": "cc_ibp", "alpha": 0.5}
     )
@@ -245,12 +245,12 @@ def test_workers_that_ray_ends_for_want_of_memory_end_their_trials_and_not_tune(
     monkeypatch.setattr(execution, "check_nodes", lambda *anything: None)  # it would be ended, too
     with with_nodes(nodes, {"num_cpus": 2, "memory": MEMORY}):
         outcome = run(nodes, config, storage, dataset, enduring)
-    why = f"{KILLED_FOR_MEMORY}; it had all the memory of a node"
+    why = f"{KILLED_FOR_MEMORY}; it had nearly all the memory of a node"
     assert outcome.stop_reason == f"3 trials in a row failed for the same reason: {why}"
     failed = [trial for trial in outcome.record.trials if trial.state == "FAILED"]
     assert {trial.reason for trial in failed} == {why}
     assert {death.reason for trial in failed for death in trial.deaths} == {KILLED_FOR_MEMORY}
-    assert [share["memory_gb"] for share in stored_shares(storage).values()] == [MEMORY / 2**30]
+    assert [share["memory_gb"] for share in stored_shares(storage).values()] == [pytest.approx(0.9 * MEMORY / 2**30)]
 
 
 # ---- (b) a node that goes ------------------------------------------------------------------------------------------

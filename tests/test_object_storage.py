@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from s3_server import ENVIRONMENT, S3Server, s3_server
+from studies import config_of, open_study
 
 from benchmarks.live_search import FOREIGN_VARIABLES, ROOT, kill_session, wait_for, workers_of
 from search.artifact_place import ArtifactPlace, probe
@@ -211,6 +212,11 @@ def test_what_cannot_be_used_is_told_in_one_line(
     assert line.startswith("error: storage s3://nobody/runs")
     assert "NO_SUCH_BUCKET" in line
     assert "testing" not in line
+    store = ("--storage", str(tmp_path / "one" / "runs"), "--artifacts", server.uri("runs", bucket="nobody"))
+    open_study(config_of(tmp_path), tmp_path / "study.db")
+    for words in (("search.doctor", "--no-mlflow"), ("search.front", "--from-verdicts")):
+        *_, line = missing.command("one", *words, "tiny", "--study-url", missing.url, *store).end(code=2).splitlines()
+        assert "there is no bucket or container nobody" in line
     server.process.kill()
     server.process.wait()
     told = probe(server.uri("runs"))

@@ -312,6 +312,8 @@ def test_one_level_for_want_of_time_proposes_nothing() -> None:
     [
         (["nothing"], "nothing"),
         (["SPACE", "--seconds", "0"], "--seconds 0; expected a number above 0"),
+        (["SPACE", "--seconds", "inf"], "--seconds inf; expected a number above 0"),
+        (["SPACE", "--seconds", "nan"], "--seconds nan; expected a number above 0"),
         (["SPACE", "--set", "resources.gpus=1"], "resources.gpus"),
         (["SPACE", "--set", "data.path=/nowhere"], "/nowhere"),
     ],

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from studies import tree, write_space
+from studies import empty_database, tree, write_space
 
 from ccdist.device_usage import Gpu, Usage
 from search import cluster_checkup, doctor, node_probes, pack
@@ -235,6 +235,35 @@ def test_the_study_database(tmp_path: Path) -> None:
     assert "secret" not in away.text
 
 
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [
+        ("mysql://u:secret@h/db", "mysql://***@h/db: expected sqlite:///FILE or postgresql://"),
+        ("nonsense", "nonsense: expected sqlite:///FILE"),
+        ("sqlite:///:memory:", "ends with its driver"),
+        ("sqlite:///FOLDER", "is no SQLite file"),
+        ("sqlite:///FOLDER/text", "is no SQLite file"),
+        ("sqlite:///FOLDER/text/study.db", "is no folder"),
+        ("sqlite:////proc/nowhere/study.db", "cannot be written"),
+    ],
+)
+def test_what_is_no_study_database(url: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text").write_text("no database")
+    allowed = os.access  # root may write everywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != Path("/proc") and allowed(path, mode))
+    found = check_database(url.replace("FOLDER", str(tmp_path)))
+    assert not found.fine
+    assert text in found.text
+    assert "secret" not in found.text
+
+
+def test_a_study_database_that_is_there_or_will_be(tmp_path: Path) -> None:
+    (tmp_path / "study.db").write_bytes(empty_database())
+    for name in ("study.db", "new/folder/study.db"):
+        assert check_database(f"sqlite:///{tmp_path}/{name}").fine
+    assert not (tmp_path / "new").exists()
+
+
 class Server(http.server.BaseHTTPRequestHandler):
     statuses: ClassVar[dict[str, int]] = {"/health": 200, "/closed/health": 401, "/broken/health": 500}
 
@@ -264,7 +293,12 @@ def test_tracking_is_reached_from_the_driver(server: str, monkeypatch: pytest.Mo
         assert check_tracking(address, True).text.endswith("answers here; nodes write journals and need not reach it")
     assert "wants a login (set MLFLOW_TRACKING_USERNAME" in check_tracking(f"{server}/closed", True).text
     assert check_tracking(f"{server}/closed", True).fine
-    for address, text in ((f"{server}/broken", "answers with status 500"), ("http://127.0.0.1:1", "does not answer")):
+    for address, text in (
+        (f"{server}/broken", "answers with status 500"),
+        ("http://127.0.0.1:1", "does not answer"),
+        ("http://a..b:5000", "does not answer"),
+        ("http://127.0.0.1:²", "does not answer"),
+    ):
         found = check_tracking(address, True)
         assert not found.fine
         assert text in found.text
@@ -306,6 +340,11 @@ def test_the_command_prints_findings_and_a_summary(
         (["--cluster", "nothing"], "nothing"),
         (["--cluster", "SPACE", "--address", "ray://a:1"], "--address ray://a:1: Ray Client cannot run a search"),
         (["--cluster", "SPACE", "--set", "data.path=/nowhere"], "/nowhere"),
+        (["--cluster", "SPACE", "--seconds", "nan"], "--seconds nan; expected a number above 0"),
+        (
+            ["--cluster", "SPACE", "--storage", "x", "--set", "storage.study=sqlite:///y"],
+            "what --set storage.study does",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_line(

@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from ray.tune.schedulers import TrialScheduler
@@ -267,3 +268,26 @@ def test_ten_thousand_trials_do_not_slow_it_down(study: MemoryStudy) -> None:
             seconds.append(time.perf_counter() - begin)
         assert min(seconds) < 0.03  # 1 to 8 ms on an idle core; a busy one must not fail the test
     assert scheduler.error is None
+
+
+def test_only_trials_that_have_not_started_are_taken_back(capsys: pytest.CaptureFixture[str]) -> None:
+    stopped: list[str] = []
+
+    def stop(trial: Any) -> None:
+        print("completed")
+        trial.status = "TERMINATED"
+        stopped.append(trial.trial_id)
+
+    states = {"a": "RUNNING", "b": "PENDING", "c": "TERMINATED", "d": "PENDING", "e": "PENDING"}
+    trials = [SimpleNamespace(trial_id=name, status=status) for name, status in states.items()]
+    controller = SimpleNamespace(get_trials=lambda: trials, stop_trial=stop)
+    scheduler = StudyScheduler(cast(Any, None))
+    assert scheduler.choose_trial_to_run(controller) is trials[1]
+    assert stopped == []
+    scheduler.taken_back |= {"b", "a"}
+    assert scheduler.choose_trial_to_run(controller) is trials[3]
+    assert (stopped, scheduler.taken_back) == (["b"], set())
+    scheduler.close()
+    assert scheduler.choose_trial_to_run(controller) is None
+    assert stopped == ["b", "d", "e"]
+    assert capsys.readouterr().out == ""

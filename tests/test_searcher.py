@@ -40,8 +40,8 @@ class Log:
     def started(self, key: str) -> None:
         self.events.append(("started", key))
 
-    def lost(self, key: str, reason: str) -> None:
-        self.events.append(("lost", key, reason))
+    def lost(self, key: str, reason: str, *, goes_on: bool = True) -> None:
+        self.events.append(("lost" if goes_on else "kept", key, reason))
 
     def advanced(self, key: str, phase: str, done: int, of: int) -> None:
         self.events.append(("advanced", key, phase, str(done), str(of)))
@@ -105,9 +105,14 @@ class FakeScheduler:
     stopped: dict[str, str] = field(default_factory=dict)
     causes: dict[str, Cause] = field(default_factory=dict)
     is_halted: bool = False
+    is_closed: bool = False
+    taken_back: set[str] = field(default_factory=set)
 
     def halt(self) -> None:
         self.is_halted = True
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
 @dataclass
@@ -316,7 +321,6 @@ def test_failures_of_an_earlier_driver_count(study: Study, log: Log) -> None:
         (None, True),
         ({"state": "RUNNING", "phase": "student", "step": 1, "steps": 2}, True),
         ({"state": "RUNNING", "phase": "student", "step": 1, "steps": 2}, False),
-        (None, False),
         ({}, False),
         ({"done": True}, False),
     ],
@@ -758,3 +762,49 @@ def test_a_driver_that_lost_its_lock_writes_nothing_more(tmp_path: Path, study: 
     assert searcher.suggest("tune1") == StudySearcher.FINISHED
     assert searcher.stop_reason == "the lock on study tiny was lost, and another driver may have it"
     assert open_study(config_of(tmp_path), tmp_path / "study.db").unfinished() == [0]
+
+
+# ---- What waits in Ray's queue ---------------------------------------------------------------------------------------
+
+
+def test_trials_that_wait_in_ray_s_queue_keep_no_search_from_its_end(study: Study, log: Log) -> None:
+    """They report nothing, so that no report could cut them off; each is put back as it was."""
+    scheduler = FakeScheduler()
+    searcher = searcher_of(study, log, slots=3, scheduler=scheduler, hours=1.0)
+    keys = [Suggestion.from_config(searcher.suggest(trial_id)).key for trial_id in ("a", "b", "c")]
+    searcher.on_trial_start("a")
+    searcher.suggest("x")
+    assert not scheduler.is_closed
+    searcher._budget._started -= 3601
+    assert searcher.suggest("x") is None
+    assert (scheduler.is_halted, scheduler.is_closed) == (True, True)
+    searcher.on_trial_complete("c")  # as Tune tells it of what it stops before it starts
+    searcher.on_trial_complete("b")
+    assert searcher.suggest("x") is None
+    searcher.on_trial_complete("a", {"state": "RUNNING", "phase": "student", "step": 1, "steps": 2})
+    assert searcher.suggest("x") == Searcher.FINISHED
+    assert (searcher.stop_reason, searcher.budget_reason) == (None, "the budget of 1 hours is over")
+    assert [trial.key for trial in study.record().unfinished] == keys
+    assert [(trial.state, trial.attempt, trial.deaths) for trial in study.trials()] == [("RUNNING", 1, ())] * 3
+
+
+@pytest.mark.parametrize("why", ["disk", "lock"])
+def test_a_full_disk_and_a_lost_lock_end_a_search_whose_trials_wait(
+    why: str, study: Study, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.searcher.LOCK_S", 0.0)
+    held, scheduler = [True], FakeScheduler()
+    searcher = searcher_of(study, log, slots=2, scheduler=scheduler, is_only_driver=lambda: held[0])
+    for trial_id in ("a", "b"):
+        searcher.suggest(trial_id)
+    assert searcher.suggest("x") is None
+    assert not scheduler.is_closed
+    if why == "disk":
+        searcher.on_trial_complete("a", {"state": "PAUSED", "reason": "the disk of /x is full"})
+    held[0] = why == "disk"
+    assert searcher.suggest("x") is None
+    assert (scheduler.is_closed, scheduler.is_halted) == (True, why == "lock")
+    for trial_id in ("a", "b"):
+        searcher.on_trial_complete(trial_id)
+    assert searcher.suggest("x") == Searcher.FINISHED
+    assert study.unfinished() == [0, 1]

@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-from studies import config_of
+from pyarrow.fs import FileSystem, _MockFileSystem
+from studies import config_of, open_study, tree, write_space
 
+from search import artifact_place, doctor, front, run
 from search.locks import LockedError, NoLocksError
 from search.mounts import current_mounts, file_system, network_file_system
-from search.storage import Storage, StorageError, check_local
+from search.storage import Storage, StorageError, check_local, stored_address
 
 
 def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
@@ -20,6 +22,19 @@ def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="holds the trials of another study"):
         storage.claim("tiny", "two")
     storage.claim("other", "two")
+
+
+def test_the_artefacts_are_found_where_the_last_search_kept_them(tmp_path: Path) -> None:
+    url, first = f"sqlite:///{tmp_path}/study.db", "s3://bucket/first"
+    config = config_of(tmp_path, storage={"study": url, "artifacts": first})
+    assert stored_address(url, "tiny") is None
+    open_study(config, tmp_path / "study.db")
+    assert stored_address(url, "tiny") == first  # by its space file: nothing was kept yet
+    for place, expected in (("gs://bucket/second", "gs://bucket/second"), (str(tmp_path), None), (first, first)):
+        for _ in range(2):
+            study = open_study(config, tmp_path / "study.db")
+            study.note_artifacts(place)
+            assert stored_address(url, "tiny") == expected
 
 
 def test_a_folder_with_trials_of_unknown_origin_is_refused(tmp_path: Path) -> None:
@@ -167,3 +182,57 @@ def test_prepare_looks_at_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     places = {"study": f"sqlite:///{tmp_path}/study.db", "artifacts": str(tmp_path / "artifacts")}
     with pytest.raises(StorageError, match=rf"lies on {tmp_path}, a network file system \(nfs\)"):
         Storage.of(config_of(tmp_path, storage=places), None).prepare()
+
+
+# ---- In an object store --------------------------------------------------------------------------------------------
+
+
+def refusals(tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What the doctor and the front say of a study whose artefacts are there, each in one line."""
+    open_study(config_of(tmp_path), tmp_path / "study.db")
+    where = ["tiny", "--study-url", f"sqlite:///{tmp_path}/study.db", "--storage", str(tmp_path), "--artifacts", place]
+    told = []
+    for command, more in ((doctor.main, "--no-mlflow"), (front.main, "--from-verdicts")):
+        assert command([*where, more]) == 2
+        told.append(capsys.readouterr().err)
+        assert told[-1].count("\n") == 1
+    return told
+
+
+def test_a_store_that_is_not_there_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its listing would be that of an empty one, and the local copy then taken for all that there is."""
+    for line in refusals(tmp_path, f"file://{tmp_path}/nowhere", capsys):
+        assert f"storage file://{tmp_path}/nowhere: there is no folder {tmp_path}/nowhere" in line
+    assert not (tmp_path / "nowhere").exists()
+
+    def opened(uri: str) -> tuple[FileSystem, str]:
+        return _MockFileSystem(), "missing/runs"
+
+    monkeypatch.setattr(artifact_place, "_opened", opened)
+    for line in refusals(tmp_path, "s3://missing/runs", capsys):
+        assert "storage s3://missing/runs: there is no bucket or container missing" in line
+
+
+def test_a_damaged_manifest_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = tmp_path / "store/tiny/manifests/tiny-0000/000001-00000000000000000001-000000.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{")
+    for line in refusals(tmp_path, f"file://{tmp_path}/store", capsys):
+        assert f"{manifest} is no manifest" in line
+
+
+@pytest.mark.parametrize(
+    "setting", ["storage.artifacts=s3://bucket/runs", "storage.study=sqlite:///study.db", "storage={study: null}"]
+)
+def test_a_place_is_named_once(setting: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--storage would win over both, without a word; over the space file it does so on purpose."""
+    space = write_space(tmp_path / "space.yaml", tree(storage={"artifacts": "s3://bucket/runs"}))
+    folder = str(tmp_path / "runs")
+    for way in ("--dry-run", "--detach"):
+        assert run.main([str(space), way, "--storage", folder, "--set", setting]) == 2
+        told = capsys.readouterr().err
+        assert told == f"error: --storage sets what --set {setting.partition('=')[0]} does; leave one of them out\n"
+    config = config_of(tmp_path, storage={"artifacts": "s3://bucket/runs"})
+    assert Storage.asked_for(config, folder, ["name=storage.study"]).artifacts_uri is None
