@@ -101,8 +101,9 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         handler = signal.getsignal(signal.SIGINT)
-        if callable(handler):  # called, not raised: a job of Ray's starts with SIGINT blocked
-            handler(signal.SIGINT, frame)
+        if not callable(handler):  # a shell starts what is to run behind it with SIGINT ignored
+            raise KeyboardInterrupt
+        handler(signal.SIGINT, frame)  # called, not raised: a job of Ray's starts with SIGINT blocked
 
     if threading.current_thread() is not threading.main_thread():
         yield

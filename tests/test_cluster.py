@@ -393,9 +393,11 @@ def test_code_that_is_in_no_repository_is_of_no_known_commit(monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("alone")
-def test_sigterm_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_is_ctrl_c(monkeypatch: pytest.MonkeyPatch, handler: Any) -> None:
     FakeRay(monkeypatch, [node(2)])
     before = signal.getsignal(signal.SIGTERM)
+    of_sigint = signal.signal(signal.SIGINT, handler)  # ignored: what a script has sent to the background
     # Ray starts the commands of its jobs with SIGINT blocked.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -403,6 +405,7 @@ def test_sigterm_is_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
             signal.raise_signal(signal.SIGTERM)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, of_sigint)
     assert signal.getsignal(signal.SIGTERM) is before
 
 

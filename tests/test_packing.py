@@ -1,5 +1,6 @@
 """How many trials share a device: the choice on made-up measurements, and a real measurement of a tiny trial."""
 
+import mmap
 import multiprocessing
 import os
 import signal
@@ -389,8 +390,9 @@ def test_the_largest_corner_is_named(tmp_path: Path) -> None:
 
 def test_the_peak_of_memory_begins_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     size = 256 * 2**20
-    with used(CPU) as large:
-        torch.ones(size, dtype=torch.uint8)
+    with used(CPU) as large, mmap.mmap(-1, size) as memory:  # a tensor's may be kept when it is freed
+        memory.write(bytes(size // 2))
+        memory.write(bytes(size // 2))
     with used(CPU) as small:
         pass
     assert large.host_bytes - small.host_bytes > size // 2
