@@ -33,7 +33,6 @@ from tracking.address import HOW_TO_LOG_IN, URI, Address, AddressError, is_serve
 DEFAULT_STORAGE = "runs"
 _TRACKING_SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql")
 
-
 log = logging.getLogger(__name__)
 
 
@@ -106,11 +105,9 @@ class Storage:
         """
         if self.artifacts_uri is None:
             return None
-        try:
-            with remote_files.impatient():  # a driver, or a report: who started it can start it again
-                return _mirror(self.artifacts_uri, study, self.artifacts, self.tracking_uri)
-        except UnreachableError as error:
-            raise StorageError(f"storage {self._place} cannot be used ({error})") from error
+        # A driver, or a report: who started it can start it again.
+        with self._one_line(), remote_files.impatient():
+            return _mirror(self.artifacts_uri, study, self.artifacts, self.tracking_uri)
 
     def prepare(self) -> None:
         """Make the folders, and try to write in each.
@@ -144,11 +141,9 @@ class Storage:
         """
         mirror, mark = self.mirror(study), self.study_folder(study) / STUDY_MARK
         if mirror is not None:
-            try:
+            with self._one_line():
                 self._check_origin(mirror)
                 self._claim_store(mirror, identifier)
-            except UnreachableError as error:
-                raise StorageError(f"storage {self._place} cannot be used ({error})") from error
         mark.parent.mkdir(parents=True, exist_ok=True)
         if not mark.exists() and (identifier.startswith(UNMARKED) or not (mark.parent / "trials").exists()):
             mark.write_text(identifier)
@@ -189,10 +184,8 @@ class Storage:
                 stack.enter_context(file_lock(self.artifacts / "locks" / f"{study}.lock")),
             ]
             if self._place is not None:
-                try:
+                with self._one_line():
                     locks.append(stack.enter_context(store_lock(self._place, study, self.study_url)))
-                except UnreachableError as error:
-                    raise StorageError(f"storage {self._place} cannot be used ({error})") from error
             # Nobody else changes what is there from here on.
             self.pull(study)
             try:
@@ -241,7 +234,7 @@ class Storage:
         if mirror is None:
             return
         self._check_there()
-        try:
+        with self._one_line():
             owner, own = mirror.owner(), self.identifier(study)
             if owner is not None and own not in ("", owner):
                 raise StorageError(
@@ -251,8 +244,6 @@ class Storage:
                 self._check_origin(mirror)
                 mirror.pull_study()
             mirror.pull(choice)
-        except UnreachableError as error:
-            raise StorageError(f"storage {self._place} cannot be used ({error})") from error
 
     def _check_origin(self, mirror: Mirror) -> None:
         """Refuse a study whose trials were kept elsewhere: to the workers they would be lost, and soon to all."""
@@ -270,10 +261,20 @@ class Storage:
             StorageError: the object store is not there, or does not answer.
         """
         if self._place is not None:
-            try:
+            with self._one_line():
                 self._place.check_there()
-            except (UnreachableError, OSError) as error:
-                raise StorageError(f"storage {self._place} cannot be used ({one_line(error)})") from error
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """What an object store raises, as the user's to mend.
+
+        Raises:
+            StorageError: instead of the store's.
+        """
+        try:
+            yield
+        except (UnreachableError, OSError) as error:
+            raise StorageError(f"storage {self._place} cannot be used ({one_line(error)})") from error
 
     @contextmanager
     def following(self, study: str) -> Iterator[None]:

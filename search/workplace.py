@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ccdist import locks
@@ -105,11 +105,8 @@ class _Pushing:
 
     writer: Writer
     reports: Reports
-    pushed_at: float = -float("inf")
+    pushed_at: float = field(default_factory=time.monotonic)
     rest_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.pushed_at = time.monotonic()
 
     def advanced(self, phase: str, done: int, of: int) -> None:
         if self._is_due(PUSH_S):

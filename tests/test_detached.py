@@ -238,14 +238,14 @@ def shell(tmp_path: Path, entrypoint: str) -> list[str]:
     """The arguments with which a job's shell calls python, and its folder then."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "home").mkdir()
-    (tmp_path / "work").mkdir()
+    (tmp_path / "job").mkdir()
     python = tmp_path / "bin" / "python"
     python.write_text('#!/bin/sh\nfor word in "$@" "$PWD"; do printf "%s\\n" "$word"; done\n')
     python.chmod(0o755)
     environment = {"HOME": str(tmp_path / "home"), "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
     done = subprocess.run(
         ["/bin/sh", "-c", entrypoint],
-        cwd=tmp_path / "work",
+        cwd=tmp_path / "job",
         env=environment,
         capture_output=True,
         text=True,
@@ -259,15 +259,15 @@ def test_paths_are_the_heads(tmp_path: Path) -> None:
     words = [str(file), "--storage", "~/my runs", "--set", 'name="$(touch x)"', "--set", "a='b'", "*"]
     home = tmp_path / "home"
     assert shell(tmp_path, command("search.run", words, file)) == [
-        *("-P", "-m", "search.run", f"{tmp_path}/work/a b; c.yaml", "--storage", f"{home}/my runs"),
+        *("-P", "-m", "search.run", f"{tmp_path}/job/a b; c.yaml", "--storage", f"{home}/my runs"),
         *("--set", 'name="$(touch x)"', "--set", "a='b'", "*", str(home)),
     ]
-    assert list((tmp_path / "work").iterdir()) == list(home.iterdir()) == []
+    assert list((tmp_path / "job").iterdir()) == list(home.iterdir()) == []
 
 
 def test_a_file_is_sent_along_however_it_is_named(tmp_path: Path) -> None:
     words = shell(tmp_path, command("search.front", ["./x.yaml", "--json"], Path("./x.yaml")))
-    assert words[3:5] == [f"{tmp_path}/work/x.yaml", "--json"]
+    assert words[3:5] == [f"{tmp_path}/job/x.yaml", "--json"]
 
 
 def front_args(*words: str) -> Any:

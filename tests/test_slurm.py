@@ -33,18 +33,20 @@ STAND_INS = {
         esac""",
     "hostname": """echo "${ADDRESSES:-10.1.0.11 fd00::11} " """,
     "ray": """
+        [[ $1 != start ]] || trap 'echo stopped >>"$CALLS/stopped"; exit 0' TERM
         echo "$* mode=$RAY_AUTH_MODE key=$(stat -c %a "$RAY_AUTH_TOKEN_PATH"):$(wc -c <"$RAY_AUTH_TOKEN_PATH")" \\
             >>"$CALLS/ray"
         [[ $1 == start && -z ${RAY_FAILS:-} ]] || exit ${RAY_FAILS:-0}
-        trap 'echo stopped >>"$CALLS/stopped"; exit 0' TERM
         while :; do sleep 0.05; done""",
 }
-# search.run: leaves a study behind, and ends by itself or at Ctrl-C's signal.
+# search.run: waits for the workers, leaves a study behind, and ends by itself or at Ctrl-C's signal.
 SEARCH = """
 import os, pathlib, signal, sys, time
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 calls = pathlib.Path(os.environ["CALLS"])
 (calls / "search").write_text("\\n".join(sys.argv[1:]))
+while "start --address" not in (calls / "ray").read_text():
+    time.sleep(0.01)
 study = pathlib.Path("runs/study.db")
 study.parent.mkdir(exist_ok=True)
 study.write_text((study.read_text() if study.exists() else "") + "trial ")
@@ -136,7 +138,7 @@ def job(tmp_path: Path) -> Job:
 
 
 def test_it_is_shell() -> None:
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
 
 
 def test_head_workers_and_driver_of_a_job(job: Job) -> None:
