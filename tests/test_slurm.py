@@ -32,7 +32,10 @@ STAND_INS = {
             *) echo "NodeName=$4 Arch=x86_64 NodeAddr=${NODE_ADDRESS:-10.1.0.11} NodeHostName=$4" ;;
         esac""",
     "hostname": """echo "${ADDRESSES:-10.1.0.11 fd00::11} " """,
+    # Like Ray's own, a health check finds a head only once that has started; one that fails never has.
     "ray": """
+        [[ $1 != health-check || -n ${RAY_FAILS:-} ]] ||
+            until grep -qs "^start --head" "$CALLS/ray"; do sleep 0.01; done
         [[ $1 != start ]] || trap 'echo stopped >>"$CALLS/stopped"; exit 0' TERM
         echo "$* mode=$RAY_AUTH_MODE key=$(stat -c %a "$RAY_AUTH_TOKEN_PATH"):$(wc -c <"$RAY_AUTH_TOKEN_PATH")" \\
             >>"$CALLS/ray"
