@@ -43,11 +43,11 @@ from optuna.distributions import distribution_to_json
 
 from benchmarks.training_step import _processor
 from search.config import RandomConfig, SearchConfig, find_space_file, load_search_config
-from search.records import RungValues, TrialResult
-from search.sampling import suggest
-from search.sampling_view import History
 from search.space import Space
+from search.studies.records import RungValues, TrialResult
 from search.study import Study
+from search.suggestions.sampling import suggest
+from search.suggestions.sampling_view import History
 
 PARTS = ("suggest", "store", "start", "rungs", "tell", "record")
 RUNGS = ("after-ramp 0", "after-ramp 1/3", "after-ramp 2/3")

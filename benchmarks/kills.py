@@ -26,7 +26,7 @@ import torch
 from benchmarks.live_search import LiveSearch, Server, wait_for
 from ccdist.config import fingerprint
 from search.pareto import front
-from search.records import StudyRecord
+from search.studies.records import StudyRecord
 from search.study import load_record
 
 KINDS = ("independent", "tpe")

@@ -28,7 +28,7 @@ from benchmarks.machine import machine_lines
 from search import run as search_run
 from search.errors import UserError
 from search.pareto import front, hypervolume_trace
-from search.records import StudyRecord
+from search.studies.records import StudyRecord
 from search.study import load_record
 
 # The small trainings that were recorded as learning curves, with a verification as searches have it.

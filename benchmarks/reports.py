@@ -34,13 +34,13 @@ from benchmarks.bookkeeping import fill, outcome
 from benchmarks.machine import machine_lines
 from ccdist.atomic_files import write_table
 from ccdist.verdicts import SCHEMA, Verdict, accuracies
+from search.artifacts.places import TrialPlaces
 from search.config import SearchConfig, find_space_file, load_search_config
-from search.page import write_report
-from search.places import TrialPlaces
-from search.records import TrialResult
-from search.report import front_table
+from search.results.page import write_report
+from search.results.report import front_table
+from search.results.verdict_fronts import front_from_verdicts
+from search.studies.records import TrialResult
 from search.study import load_record
-from search.verdict_fronts import front_from_verdicts
 
 ROOT = Path(__file__).parents[1]
 PROVED_BY = {"ibp": 0.6, "crown": 0.25, "alpha_crown": 0.1, "branch_and_bound": 0.05}  # shares of the proofs

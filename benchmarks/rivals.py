@@ -14,10 +14,10 @@ import numpy as np
 
 from search.config import StoppingConfig
 from search.errors import UserError
-from search.records import RungValues
-from search.sampling_view import TELL_STOPPED, TellStopped
 from search.scheduler import MARGIN, StudyScheduler
+from search.studies.records import RungValues
 from search.study import Study
+from search.suggestions.sampling_view import TELL_STOPPED, TellStopped
 
 REDUCTION = 3
 # With Optuna's own defaults.
@@ -86,7 +86,7 @@ class Rival:
     stopping: Mapping[str, Any] = field(default_factory=dict)
     asha: str | None = None  # the scalarisation
     tell_stopped: TellStopped = TELL_STOPPED
-    margin: float | None = MARGIN  # as for `search.stopping.judge_rung`
+    margin: float | None = MARGIN  # as for `search.scheduling.stopping.judge_rung`
 
     @property
     def is_gp(self) -> bool:

@@ -20,8 +20,8 @@ from benchmarks.scale_driver import config_of, filled
 from benchmarks.scale_measure import Measured, apart, measured, timed
 from benchmarks.scale_servers import running_postgres
 from search.config import SearchConfig
-from search.database import open_storage, postgres_url
 from search.space import Space
+from search.studies.database import open_storage, postgres_url
 from search.study import Study
 
 PART = "database"

@@ -3,7 +3,7 @@
 Workers, Tune and MLflow are left out: the calls are those that Tune's loop makes, one after the other, with as many
 trials RUNNING as there are slots and so many finished ones in the study before them.
 
-    report      a RUNNING report of a trial, as each sends at most once in `search.verifying.REPORT_INTERVAL_S`
+    report      a RUNNING report of a trial, as each sends at most once in `search.trials.verifying.REPORT_INTERVAL_S`
     verifying   a report of a verification, which is judged against all results
     rung        a report at a rung, which is stored and judged
     idle        Tune asks for a trial and no slot is free, as it does between reports
@@ -27,21 +27,21 @@ from rich.console import Console
 
 from benchmarks.bookkeeping import FINGERPRINT, fill, outcome, reached
 from benchmarks.scale_measure import Measured, apart, measured, resident_mb, timed
-from search.asking import Asker
-from search.budget import Budget
 from search.config import SearchConfig, find_space_file, load_search_config
-from search.front_log import FrontLog
-from search.listeners import Listeners
-from search.progress import Progress
-from search.redrawing import Redrawing
+from search.results.progress import Progress
 from search.scheduler import StudyScheduler
+from search.scheduling.budget import Budget
+from search.scheduling.waiting import TeacherQueue
 from search.searcher import StudySearcher
-from search.simulator import NoFiles
+from search.simulation.simulator import NoFiles
+from search.simulation.virtual_time import TrialStub, VirtualTeachers
 from search.space import Space
 from search.study import Assignment, Study
+from search.suggestions.asking import Asker
 from search.teachers import teacher_key
-from search.virtual_time import TrialStub, VirtualTeachers
-from search.waiting import TeacherQueue
+from search.tracked.front_log import FrontLog
+from search.tracked.listeners import Listeners
+from search.tracked.redrawing import Redrawing
 from tracking.journal import STUDY_JOURNAL
 
 PART = "driver"

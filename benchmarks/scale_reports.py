@@ -12,11 +12,11 @@ from pathlib import Path
 
 from benchmarks.scale_driver import config_of, filled
 from benchmarks.scale_measure import Measured, apart, measured, resident_mb, timed
-from search.configurations import study_front
-from search.page import write_report
-from search.records import StudyRecord
+from search.results.configurations import study_front
+from search.results.page import write_report
+from search.studies.records import StudyRecord
 from search.study import load_record
-from search.study_files import draw
+from search.tracked.study_files import draw
 
 PART = "reports"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.live_search import Server, wait_for
-from search.database import postgres_url
+from search.studies.database import postgres_url
 
 
 class StoreServer(Server):

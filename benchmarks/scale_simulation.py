@@ -14,10 +14,10 @@ from benchmarks.bookkeeping import RUNGS, outcome
 from benchmarks.scale_driver import config_of
 from benchmarks.scale_measure import Measured, apart, measured
 from ccdist.config import fingerprint
-from search.hardware import Hardware
-from search.simulator import simulate
+from search.simulation.hardware import Hardware
+from search.simulation.simulator import simulate
+from search.simulation.timelines import Teacher, Timeline, TrainingMode, VerificationState, rung, running, verification
 from search.space import Space
-from search.timelines import Teacher, Timeline, TrainingMode, VerificationState, rung, running, verification
 
 PART = "simulation"
 IMAGES, STATES, PHASES = 1000, 8, 20

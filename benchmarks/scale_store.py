@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.scale_measure import Measured, apart, timed
-from search import remote_files
-from search.artifact_place import ArtifactPlace
-from search.manifests import Entry, Manifest, StoredStudy, Version
-from search.mirror import Mirror
+from search.artifacts import remote_files
+from search.artifacts.artifact_place import ArtifactPlace
+from search.artifacts.manifests import Entry, Manifest, StoredStudy, Version
+from search.artifacts.mirror import Mirror
 
 PART = "store"
 STUDY = "scale"

@@ -31,7 +31,7 @@ def _measure(actors: int, seconds: float) -> list[Measured]:
     from ray import tune
     from ray.tune.schedulers import FIFOScheduler
 
-    from search.local_ray import kept_private
+    from search.clusters.local_ray import kept_private
 
     class Counting(FIFOScheduler):  # type: ignore[misc]
         """When reports came."""

@@ -37,15 +37,15 @@ from benchmarks.search_tables import GRID, Found, table
 from ccdist import atomic_files
 from ccdist.config import fingerprint
 from search.config import SearchConfig
-from search.curve_tables import Half, read_curves
-from search.curves import CurveWorkload, curve_config
 from search.errors import UserError
-from search.hardware import Hardware
-from search.recorded import RecordedSpace, RecordedWorkload, read_tables, recorded_config
-from search.simulator import simulate
+from search.simulation.curve_tables import Half, read_curves
+from search.simulation.curves import CurveWorkload, curve_config
+from search.simulation.hardware import Hardware
+from search.simulation.recorded import RecordedSpace, RecordedWorkload, read_tables, recorded_config
+from search.simulation.simulator import simulate
+from search.simulation.surrogates import Error
+from search.simulation.timelines import Workload
 from search.space import Space
-from search.surrogates import Error
-from search.timelines import Workload
 
 CURVES = "tests/assets/search"
 UNLIMITED = 100_000  # trials: the budget ends every search

@@ -3,8 +3,9 @@
 The pool is every COMPLETE trial of a search that verified them all to the end (`stopping: {verification: false}`), in
 the order in which they came. Each student is verified once more with the search's own ladder, chunks and order of
 images, and what its worker would report is written down with the seconds spent until then. The rule of
-`search.stopping.judge_verification` is then replayed over these reports: in the order of arrival, and in random orders
-with 1 to 8 trials at once. A drop is wrong if the front of what the replay knows lacks a point of the whole pool's.
+`search.scheduling.stopping.judge_verification` is then replayed over these reports: in the order of arrival, and in
+random orders with 1 to 8 trials at once. A drop is wrong if the front of what the replay knows lacks a point of the
+whole pool's.
 """
 
 import argparse
@@ -26,14 +27,14 @@ from ccdist import checkpoint
 from ccdist.atomic_files import write_text
 from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.data import load_dataset
+from search.artifacts.places import TrialPlaces
 from search.errors import UserError
 from search.pareto import front
-from search.places import TrialPlaces
-from search.records import RungValues, TrialRecord, TrialResult
-from search.standings import Standings
-from search.stopping import judge_verification
-from search.study_record import load_record, stored_config
-from search.verifying import Spent, verify_trial
+from search.scheduling.standings import Standings
+from search.scheduling.stopping import judge_verification
+from search.studies.records import RungValues, TrialRecord, TrialResult
+from search.studies.study_record import load_record, stored_config
+from search.trials.verifying import Spent, verify_trial
 
 SLOTS = (1, 2, 4, 8)
 

@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from search.comparability import ComparisonError
-from search.comparison import Comparison, compare
-from search.comparison_text import ComparisonTable, comparison_json
+from search.comparing.comparability import ComparisonError
+from search.comparing.comparison import Comparison, compare
+from search.comparing.comparison_text import ComparisonTable, comparison_json
 from search.config import find_space_file, load_search_config
-from search.database import StudyError
 from search.errors import UserError
 from search.storage import DEFAULT_STORAGE, Storage, StorageError, default_study_url
-from search.study_record import StoredStudy, load_stored
+from search.studies.database import StudyError
+from search.studies.study_record import StoredStudy, load_stored
 
 PAGES = (".html", ".htm")
 
@@ -132,8 +132,8 @@ def _write(comparison: Comparison, page: Path) -> None:
         StorageError: the place cannot be written.
     """
     # Imported here: it takes a second, which wrong input need not pay.
-    from search.comparison_page import write_comparison
-    from search.figure_style import replace_file
+    from search.comparing.comparison_page import write_comparison
+    from search.results.figure_style import replace_file
 
     numbers = json.dumps(comparison_json(comparison), indent=1, allow_nan=False) + "\n"
     try:
@@ -151,7 +151,7 @@ def _numbers_path(page: Path) -> Path:
 
 def _log(comparison: Comparison, folder: Path, page: Path) -> str | None:
     """Tell MLflow, unless none of the studies is there; returns a line about it."""
-    from search.comparison_log import deliver, record, tracked_config
+    from search.comparing.comparison_log import deliver, record, tracked_config
 
     config = tracked_config(comparison)
     if config is None:

@@ -27,7 +27,7 @@ from ccdist.data import Split as Split
 from ccdist.recipe import NAME_PATTERN
 from ccdist.yaml_files import nearest as nearest
 from search.errors import UserError
-from search.records import OBJECTIVES
+from search.studies.records import OBJECTIVES
 
 KIND = "space file"
 # How a search goes on may change from command to command; what a trial's result depends on may not.

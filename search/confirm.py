@@ -16,13 +16,12 @@ from rich.console import Console
 
 from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.data import Dataset, final_dataset, load_dataset, load_test_set
-from search.bookkeeping import is_settled, tracked
 from search.config import SearchConfig
-from search.confirm_close import Closing
-from search.confirm_estimate import Images, estimate
-from search.confirm_report import FILES, terminal_table
-from search.confirm_table import plan_table
-from search.confirmation import (
+from search.confirming.confirm_close import Closing
+from search.confirming.confirm_estimate import Images, estimate
+from search.confirming.confirm_report import FILES, terminal_table
+from search.confirming.confirm_table import plan_table
+from search.confirming.confirmation import (
     MOST_SEEDS,
     ConfirmationSpace,
     ConfirmationStudy,
@@ -35,15 +34,22 @@ from search.confirmation import (
     runs_left,
     with_target,
 )
-from search.confirmation_config import TIMEOUT_S, ConfirmationConfig, ConfirmError, confirmation_config, with_settings
-from search.database import StudyError, without_password
+from search.confirming.confirmation_config import (
+    TIMEOUT_S,
+    ConfirmationConfig,
+    ConfirmError,
+    confirmation_config,
+    with_settings,
+)
 from search.errors import UserError
-from search.records import StudyRecord
 from search.run import ADDRESS_HELP
 from search.space import Space
 from search.storage import DEFAULT_STORAGE, Storage, default_study_url
-from search.study_files import draw
-from search.study_record import StoredStudy, load_stored, stored_config, stored_record
+from search.studies.database import StudyError, without_password
+from search.studies.records import StudyRecord
+from search.studies.study_record import StoredStudy, load_stored, stored_config, stored_record
+from search.tracked.bookkeeping import is_settled, tracked
+from search.tracked.study_files import draw
 
 OK, BAD_INPUT, FAILING, INTERRUPTED = 0, 2, 3, 130
 DEFAULT_SEEDS = 3

@@ -14,16 +14,16 @@ from functools import partial
 from pathlib import Path
 
 from ccdist.checkpoint import CorruptCheckpointError
-from search.checkup import Checkup, check_database
+from search.artifacts.locks import LockedError
+from search.artifacts.mirror import whole
 from search.config import find_space_file, load_search_config
-from search.consistency import Finding
-from search.database import StudyError, sqlite_file
 from search.errors import UserError, check_seconds
-from search.locks import LockedError
-from search.mirror import whole
-from search.records import StudyRecord
 from search.space import Space
 from search.storage import DEFAULT_STORAGE, Storage, artifacts_of, default_study_url, stored_address
+from search.studies.checkup import Checkup, check_database
+from search.studies.consistency import Finding
+from search.studies.database import StudyError, sqlite_file
+from search.studies.records import StudyRecord
 from search.study import load_record
 
 OK, LEFT, BAD_INPUT = 0, 1, 2
@@ -104,7 +104,7 @@ def examine_cluster(args: argparse.Namespace) -> int:
     check_seconds(args.seconds)
     config = load_search_config(find_space_file(args.study), args.set)
     space, storage = Space(config), Storage.asked_for(config, args.storage, args.set)
-    from search.cluster_checkup import examine_cluster as look  # Ray: seconds to import
+    from search.clusters.cluster_checkup import examine_cluster as look  # Ray: seconds to import
 
     examined = look(config, space, storage, address=args.address, seconds=args.seconds)
     _print(examined.findings)

@@ -17,32 +17,32 @@ from ray import tune
 from rich.console import Console
 
 from ccdist.data import Dataset
-from search.asking import Asker
-from search.bookkeeping import close_study, tracked, where_to_look
-from search.budget import Budget
-from search.cluster import Cluster, connected
+from search.artifacts.trial_files import TrialFiles
+from search.attempts.ray_deaths import watched
+from search.attempts.shares import Share
+from search.attempts.starts import Starts
+from search.clusters.cluster import Cluster, connected
+from search.clusters.local_ray import keys_stay_here
+from search.clusters.nodes import Leaving, Roomiest, ids_on
+from search.clusters.reach import check_nodes
 from search.config import ResourcesConfig, SearchConfig
-from search.driver_lock import DriverLock
-from search.front_log import FrontLog
-from search.listeners import Listeners
-from search.local_ray import keys_stay_here
-from search.nodes import Leaving, Roomiest, ids_on
-from search.progress import Progress
-from search.ray_deaths import watched
-from search.reach import check_nodes
-from search.records import StudyRecord
-from search.redrawing import Redrawing
+from search.results.progress import Progress
 from search.scheduler import StudyScheduler
+from search.scheduling.budget import Budget
+from search.scheduling.waiting import TeacherQueue
 from search.searcher import StudySearcher
-from search.shares import Share
 from search.space import Space
-from search.starts import Starts
 from search.storage import Storage
+from search.studies.driver_lock import DriverLock
+from search.studies.records import StudyRecord
 from search.study import Assignment, Study
-from search.study_files import draw
+from search.suggestions.asking import Asker
 from search.teachers import TeacherStore, teacher_key
-from search.trial_files import TrialFiles
-from search.waiting import TeacherQueue
+from search.tracked.bookkeeping import close_study, tracked, where_to_look
+from search.tracked.front_log import FrontLog
+from search.tracked.listeners import Listeners
+from search.tracked.redrawing import Redrawing
+from search.tracked.study_files import draw
 from search.worker import SharedDataset, avoid_of, share_of, trainable
 from tracking.journal import STUDY_JOURNAL
 from tracking.tracker import Status
@@ -76,7 +76,7 @@ def execute(
         lock: this driver's; should another driver have had it, the search ends.
         study_type: decides which trials are asked for.
         close: writes what the study leaves behind, and its last word; None: as for a search.
-        address: of the cluster, as in search.addresses; None: RAY_ADDRESS, or this machine.
+        address: of the cluster, as in search.clusters.addresses; None: RAY_ADDRESS, or this machine.
 
     Raises:
         UserError: the cluster or the stored study does not fit; nothing was started.

@@ -13,11 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from ccdist.checkpoint import CorruptCheckpointError
+from search.artifacts.mirror import verdicts
 from search.config import load_search_config
 from search.errors import UserError
-from search.mirror import verdicts
-from search.records import StudyRecord
-from search.report import SHOWN_MEMBERS, front_json, front_table
+from search.results.report import SHOWN_MEMBERS, front_json, front_table
 from search.storage import (
     DEFAULT_STORAGE,
     Storage,
@@ -26,6 +25,7 @@ from search.storage import (
     default_study_url,
     stored_address,
 )
+from search.studies.records import StudyRecord
 from search.study import load_record
 
 OK, DIFFERENT, BAD_INPUT = 0, 1, 2
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         if args.address:
-            from search.detached import front_there  # Ray takes seconds to import
+            from search.clusters.detached import front_there  # Ray takes seconds to import
 
             return front_there(args)
         storage, name = _place(args)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _written_report(record: StudyRecord, folder: Path) -> Path:
-    from search.page import write_report  # plotly takes its time to import
+    from search.results.page import write_report  # plotly takes its time to import
 
     report = folder / "report.html"
     try:
@@ -66,7 +66,7 @@ def _written_report(record: StudyRecord, folder: Path) -> Path:
 
 def _from_verdicts(study: StudyRecord, artifacts: Path, args: argparse.Namespace) -> int:
     """Show the front of the verdicts, and say whether it is that of the study."""
-    from search.verdict_fronts import front_from_verdicts
+    from search.results.verdict_fronts import front_from_verdicts
 
     found = front_from_verdicts(study, artifacts)
     _show(found.record, args)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from search.config import SearchConfig, find_space_file, load_search_config
 from search.errors import UserError, check_seconds
-from search.packing import GIB, Machine, Packing, in_yaml, memory_setting, settings, table
-from search.probe import TrialUsage, searched_data, trial_samples
-from search.side_by_side import measure_packing, this_machine
+from search.sharing.packing import GIB, Machine, Packing, in_yaml, memory_setting, settings, table
+from search.sharing.probe import TrialUsage, searched_data, trial_samples
+from search.sharing.side_by_side import measure_packing, this_machine
 from search.space import Space
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -41,7 +41,7 @@ def pack(config: SearchConfig, space: Space, seconds: float, address: str | None
     """
     dataset = searched_data(config)
     if address:
-        from search.node_probes import pack_nodes  # Ray: seconds to import
+        from search.clusters.node_probes import pack_nodes  # Ray: seconds to import
 
         for where, packing in pack_nodes(config, space, dataset, seconds, address):
             _show(where, packing, config)

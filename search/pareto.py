@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from search.sweeps import area, dominated, exclusive_areas, gains
+from search.scheduling.sweeps import area, dominated, exclusive_areas, gains
 
 
 def dominates(a: ArrayLike, b: ArrayLike) -> bool:

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from ccdist.data import Dataset, num_batches, to_pixels
 from ccdist.verification import verify
-from search.budget import SECONDS_PER_HOUR, accelerator_hours
 from search.config import ResourcesConfig, SearchConfig
-from search.probe import PROBE_BATCHES, searches_teacher, timed_student, timed_teacher, training_part, typical
-from search.records import StudyRecord
+from search.scheduling.budget import SECONDS_PER_HOUR, accelerator_hours
+from search.sharing.probe import PROBE_BATCHES, searches_teacher, timed_student, timed_teacher, training_part, typical
 from search.space import Space
 from search.storage import Storage
+from search.studies.records import StudyRecord
 
 # Images of a verification that is measured.
 PROBE_IMAGES = 32

@@ -14,10 +14,10 @@ from rich.console import Console
 from ccdist.data import load_dataset
 from search.config import SearchConfig, StoppingConfig
 from search.errors import UserError
-from search.records import RungValues, StudyRecord, TrialRecord, TrialResult
 from search.space import Space
 from search.storage import DEFAULT_STORAGE, default_study_url
-from search.study_record import load_record, stored_config
+from search.studies.records import RungValues, StudyRecord, TrialRecord, TrialResult
+from search.studies.study_record import load_record, stored_config
 from search.trial import TrialPlaces, TrialTask, run_trial
 
 SAME, DIFFERENT, BAD_INPUT = 0, 1, 2

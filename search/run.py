@@ -16,17 +16,17 @@ from rich.console import Console
 
 from ccdist.checkpoint import CorruptCheckpointError
 from ccdist.data import Dataset, load_dataset
-from search.bookkeeping import close_study, is_settled, tracked
 from search.config import SearchConfig, find_space_file, load_search_config
-from search.database import without_password
 from search.errors import UserError
-from search.page import write_report
 from search.plan import show_plan
-from search.records import StudyRecord
-from search.report import front_table
+from search.results.page import write_report
+from search.results.report import front_table
 from search.space import Space
 from search.storage import DEFAULT_STORAGE, Storage
+from search.studies.database import without_password
+from search.studies.records import StudyRecord
 from search.study import stored_record
+from search.tracked.bookkeeping import close_study, is_settled, tracked
 from tracking.address import shown
 
 OK, BAD_INPUT, FAILING, INTERRUPTED = 0, 2, 3, 130
@@ -74,7 +74,7 @@ def run(
 
     Args:
         command: what to type to go on, if this is stopped.
-        address: of the Ray cluster, as in search.addresses.
+        address: of the Ray cluster, as in search.clusters.addresses.
 
     Returns:
         The exit code.
@@ -145,7 +145,7 @@ def _show(record: StudyRecord, storage: Storage, console: Console) -> None:
 
 def _detach(config: SearchConfig, file: Path, args: argparse.Namespace) -> int:
     """--detach."""
-    from search.detached import detach  # Ray takes seconds to import
+    from search.clusters.detached import detach  # Ray takes seconds to import
 
     detach(config, file, _options(args), {GO_ON: f"{_command(args)} --detach"}, args.address)
     return OK

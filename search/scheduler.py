@@ -1,4 +1,4 @@
-"""Ray Tune's TrialScheduler over the study: asks the rules of `search.stopping` at every report.
+"""Ray Tune's TrialScheduler over the study: asks the rules of `search.scheduling.stopping` at every report.
 
 It decides from the study alone, so one that is made anew after a restart goes on where the last one was.
 """
@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from search.attempts.deaths import Cause
 from search.config import SearchConfig
-from search.deaths import Cause
-from search.records import RungValues, TrialRecord, TrialResult
-from search.standings import Standings
-from search.stopping import judge_rung, judge_verification
+from search.scheduling.standings import Standings
+from search.scheduling.stopping import judge_rung, judge_verification
+from search.studies.records import RungValues, TrialRecord, TrialResult
 
 # Spreads above its forecast that a trial may still hope for (docs/RESULTS.md has the choice).
 MARGIN = 2.0
@@ -35,7 +35,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
 
     Args:
         study: the truth; values at rungs are written to it before they are judged.
-        margin: as for `search.stopping.judge_rung`; None: no trial is spared for what it may hope for.
+        margin: as for `search.scheduling.stopping.judge_rung`; None: no trial is spared for what it may hope for.
         cause: why the worker ended whose error Tune handles at the moment.
         leave: ends a trial's worker if its node is about to go.
 

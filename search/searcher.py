@@ -13,16 +13,16 @@ from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
-from search.asking import Asker
-from search.bad_hosts import BadHosts
-from search.budget import Budget
-from search.deaths import Cause, is_of_surroundings
-from search.records import TrialResult
-from search.resumption import resumption
-from search.retries import Retries
-from search.shares import Nodes, Share, unknown
+from search.attempts.bad_hosts import BadHosts
+from search.attempts.deaths import Cause, is_of_surroundings
+from search.attempts.retries import Retries
+from search.attempts.shares import Nodes, Share, unknown
+from search.scheduling.budget import Budget
+from search.scheduling.resumption import resumption
+from search.scheduling.waiting import TeacherQueue
+from search.studies.records import TrialResult
 from search.study import Assignment, Study
-from search.waiting import TeacherQueue
+from search.suggestions.asking import Asker
 from search.worker import Suggestion
 
 # So many failures one after the other with the same reason are no accident.
@@ -286,7 +286,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     # ---- What came of it ------------------------------------------------------------------------------------------
 
     def on_trial_start(self, trial_id: str) -> None:
-        """Its worker begins. Tune itself tells callbacks only: see `search.starts`."""
+        """Its worker begins. Tune itself tells callbacks only: see `search.attempts.starts`."""
         self._avoiding.pop(trial_id, None)
         assignment = self._live.get(trial_id) or self._resumed.get(trial_id)
         if assignment is not None:

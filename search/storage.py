@@ -11,23 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ccdist import checkpoint
-from search import remote_files
-from search.artifact_place import ArtifactPlace
+from search.artifacts import remote_files
+from search.artifacts.artifact_place import ArtifactPlace
+from search.artifacts.disk_space import StorageAwayError
+from search.artifacts.mirror import Mirror
+from search.artifacts.mounts import current_mounts, network_file_system
+from search.artifacts.remote_files import UnreachableError, one_line
+from search.artifacts.store_lock import store_lock
+from search.artifacts.trial_copies import Choice
+from search.artifacts.workplace import Workplace
+from search.clusters.sight import STUDY_MARK
 from search.config import SearchConfig
-from search.database import sqlite_file
-from search.disk_space import StorageAwayError
-from search.driver_lock import DriverLock, file_lock, study_lock
 from search.errors import UserError
-from search.formats import UNMARKED
-from search.mirror import Mirror
-from search.mounts import current_mounts, network_file_system
-from search.remote_files import UnreachableError, one_line
-from search.sight import STUDY_MARK
-from search.store_lock import store_lock
-from search.study_record import stored_artifacts
+from search.studies.database import sqlite_file
+from search.studies.driver_lock import DriverLock, file_lock, study_lock
+from search.studies.formats import UNMARKED
+from search.studies.study_record import stored_artifacts
 from search.teachers import TeacherStore
-from search.trial_copies import Choice
-from search.workplace import Workplace
 from tracking.address import HOW_TO_LOG_IN, URI, Address, AddressError, is_server, shown
 
 DEFAULT_STORAGE = "runs"

@@ -19,26 +19,16 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search.advisory_lock import DRIVER
 from search.config import SearchConfig
-from search.database import StudyError as StudyError
-from search.database import open_storage
-from search.driver_lock import DriverLock
-from search.patient_storage import PatientStorage
-from search.proposal import Proposal as Proposal
-from search.records import Death, RungValues, StudyRecord, TrialRecord, TrialResult
-from search.records import TrialState as RecordState
-from search.sampling import Suggested
-from search.sampling_view import (
-    TELL_STOPPED,
-    History,
-    TellStopped,
-    constraint_attributes,
-    floor_constraints,
-    kept_attributes,
-)
 from search.space import Space
-from search.study_record import (
+from search.studies.advisory_lock import DRIVER
+from search.studies.database import StudyError as StudyError
+from search.studies.database import open_storage
+from search.studies.driver_lock import DriverLock
+from search.studies.patient_storage import PatientStorage
+from search.studies.records import Death, RungValues, StudyRecord, TrialRecord, TrialResult
+from search.studies.records import TrialState as RecordState
+from search.studies.study_record import (
     ARTIFACTS,
     DIED,
     HELD,
@@ -52,9 +42,19 @@ from search.study_record import (
     with_result,
     with_trials,
 )
-from search.study_record import load_record as load_record
-from search.study_record import stored_record as stored_record
-from search.study_record import trial_key as trial_key
+from search.studies.study_record import load_record as load_record
+from search.studies.study_record import stored_record as stored_record
+from search.studies.study_record import trial_key as trial_key
+from search.suggestions.proposal import Proposal as Proposal
+from search.suggestions.sampling import Suggested
+from search.suggestions.sampling_view import (
+    TELL_STOPPED,
+    History,
+    TellStopped,
+    constraint_attributes,
+    floor_constraints,
+    kept_attributes,
+)
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class Study:
         return dict(self._shares)
 
     def store_shares(self, shares: Mapping[str, Any]) -> None:
-        """Keep what classes of trials need (`search.shares`)."""
+        """Keep what classes of trials need (`search.attempts.shares`)."""
         self._storage.set_study_attribute(SHARES, dict(shares))
         self._shares = dict(shares)
 

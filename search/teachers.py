@@ -6,7 +6,7 @@ A store is a folder of any storage that `pyarrow.fs` reaches. In a key's folder:
     ID/                a network as `ccdist.checkpoint` writes it; one that teacher.json does not name is a leftover
                        of a process that died while it stored the teacher
     state.safetensors  how far the training came
-    *.claim, *.beat    the lease of the one that trains (`search.leases`)
+    *.claim, *.beat    the lease of the one that trains (`search.artifacts.leases`)
 """
 
 import hashlib
@@ -27,10 +27,10 @@ from ccdist.checkpoint import CorruptCheckpointError, NewerFormatError
 from ccdist.config import TeacherConfig, ThreatModel, fingerprint
 from ccdist.networks import Network
 from ccdist.training import TrainingResult
-from search import remote_files
+from search.artifacts import remote_files
+from search.artifacts.leases import EXPIRY_S, Held, Lease, Leases
+from search.artifacts.periodic import repeated
 from search.errors import UserError
-from search.leases import EXPIRY_S, Held, Lease, Leases
-from search.periodic import repeated
 
 # Raised when teacher training changes what it computes: older teachers are then no longer the same recipe.
 RECIPE_VERSION = 1

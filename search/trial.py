@@ -21,24 +21,24 @@ from ccdist import atomic_files, checkpoint
 from ccdist.data import Dataset
 from ccdist.provenance import source_commit
 from ccdist.training import TrainingResult, train_student, train_teacher
+from search.artifacts.disk_space import StorageAwayError, is_of_disk, pausing_on_full_disk
+from search.artifacts.leases import Held
+from search.artifacts.locks import exclusive
+from search.artifacts.places import TrialPlaces as TrialPlaces
+from search.artifacts.places import discard as discard
+from search.artifacts.places import load_result as load_result
 from search.config import StoppingConfig
-from search.disk_space import StorageAwayError, is_of_disk, pausing_on_full_disk
-from search.endings import conclude, failure_reason, is_out_of_memory
-from search.endings import conclude_stopped as conclude_stopped
-from search.endings import conclude_training_stopped as conclude_training_stopped
-from search.leases import Held
-from search.locks import exclusive
-from search.places import TrialPlaces as TrialPlaces
-from search.places import discard as discard
-from search.places import load_result as load_result
 from search.recipe import Recipe
-from search.records import TrialResult
-from search.reports import Reports, WaitingForTeacher
-from search.run_names import end_tags, start_tags
-from search.student_model import export_student
-from search.student_training import EpochLog, StudentTraining
+from search.studies.records import TrialResult
 from search.teachers import Teacher, TeacherStore, teacher_key
-from search.verifying import Spent, load_verdicts, verify_trial, with_larger_limits
+from search.tracked.run_names import end_tags, start_tags
+from search.trials.endings import conclude, failure_reason, is_out_of_memory
+from search.trials.endings import conclude_stopped as conclude_stopped
+from search.trials.endings import conclude_training_stopped as conclude_training_stopped
+from search.trials.reports import Reports, WaitingForTeacher
+from search.trials.student_model import export_student
+from search.trials.student_training import EpochLog, StudentTraining
+from search.trials.verifying import Spent, load_verdicts, verify_trial, with_larger_limits
 from tracking.journal import Journal
 
 

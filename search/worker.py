@@ -26,18 +26,18 @@ from ray import tune
 
 from ccdist.data import Dataset, ImageSet
 from ccdist.host_memory import keep_freed_memory
+from search.artifacts.disk_space import DiskFullError, StorageAwayError
+from search.artifacts.places import load_result
+from search.artifacts.workplace import Workplace
+from search.attempts.deaths import STORAGE_AWAY
+from search.attempts.shares import Share
 from search.config import ResourcesConfig, StoppingConfig
-from search.deaths import STORAGE_AWAY
-from search.disk_space import DiskFullError, StorageAwayError
-from search.endings import failure_reason, is_of_gpu, is_out_of_memory
-from search.places import load_result
 from search.recipe import Recipe
-from search.records import RungValues, TrialResult
-from search.reports import WaitingForTeacher
-from search.shares import Share
+from search.studies.records import RungValues, TrialResult
 from search.trial import TrialTask, resume_verification, run_trial
-from search.verifying import REPORT_INTERVAL_S, rest_after
-from search.workplace import Workplace
+from search.trials.endings import failure_reason, is_of_gpu, is_out_of_memory
+from search.trials.reports import WaitingForTeacher
+from search.trials.verifying import REPORT_INTERVAL_S, rest_after
 
 _PLAIN = ("key", "params", "resume", "configuration", "attempt", "deaths", "start", "avoid")
 # An undecided image that gets more time gets so many times what it had.

@@ -14,8 +14,8 @@ from pathlib import Path
 from sqlalchemy import make_url
 
 from benchmarks.live_search import FOREIGN_VARIABLES, PATIENCE_S, ROOT, kill_session
-from search.records import StudyRecord
-from search.study_record import load_record
+from search.studies.records import StudyRecord
+from search.studies.study_record import load_record
 from tracking.address import Address
 from tracking.journal import MetricsRow, StartRow, read_rows
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from search.timelines import (
+from search.simulation.timelines import (
     Report,
     Teacher,
     Timeline,

@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from search.config import SearchConfig, load_search_config
-from search.database import open_storage
-from search.records import TrialResult
 from search.space import Space
+from search.studies.database import open_storage
+from search.studies.records import TrialResult
 from search.study import Study
 
 FINGERPRINT = "0123456789abcdef"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.attainment import Attainment, Course, attainment, band_runs, mean_course, median_runs
+from search.comparing.attainment import Attainment, Course, attainment, band_runs, mean_course, median_runs
 from search.pareto import front
 
 Points = list[tuple[float, float]]

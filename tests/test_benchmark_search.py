@@ -13,13 +13,13 @@ from benchmarks.rivals import OURS, AshaScheduler, Rival, asha_rivals, certified
 from benchmarks.search import Problem, budget_s, main, mean_cost_s
 from benchmarks.search_tables import GRID, STEPS, Found, bootstrap, ratio_of_means, share_to_reach, table
 from search.errors import UserError
-from search.hardware import Hardware
-from search.records import RungValues
-from search.sampling_view import is_by_values
+from search.simulation.hardware import Hardware
+from search.simulation.timelines import rung
+from search.simulation.virtual_time import TrialStub
 from search.space import Space
+from search.studies.records import RungValues
 from search.study import Study
-from search.timelines import rung
-from search.virtual_time import TrialStub
+from search.suggestions.sampling_view import is_by_values
 
 
 def test_paired_ratio_has_no_spread_where_seeds_agree() -> None:

@@ -15,20 +15,20 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from studies import closed_form, config_of, open_study
 
-from search import bookkeeping
-from search.bookkeeping import close_study, is_settled, study_info, tracked
+from search.artifacts.places import TrialPlaces
 from search.config import SearchConfig, load_search_config
-from search.configurations import study_front
-from search.front_log import FrontLog
-from search.places import TrialPlaces
-from search.records import StudyRecord
-from search.redrawing import Redrawing
-from search.report import front_trials
-from search.run_names import end_tags, result_metrics
+from search.results.configurations import study_front
+from search.results.report import front_trials
 from search.space import Space
 from search.storage import Storage
+from search.studies.records import StudyRecord
 from search.study import Study
-from search.study_files import DRAWN, PACKAGES, describe_environment, space_text, trials_table
+from search.tracked import bookkeeping
+from search.tracked.bookkeeping import close_study, is_settled, study_info, tracked
+from search.tracked.front_log import FrontLog
+from search.tracked.redrawing import Redrawing
+from search.tracked.run_names import end_tags, result_metrics
+from search.tracked.study_files import DRAWN, PACKAGES, describe_environment, space_text, trials_table
 from tracking.journal import STUDY_JOURNAL, CloseRow, FrontRow, Journal, StudyRow, read_rows
 from tracking.mlflow_tracker import local_store
 from tracking.tables import table_json, tables_tag

@@ -12,7 +12,7 @@ import pytest
 from studies import closed_form, config_of, open_study, result, tree, write_space
 
 from search import front, run
-from search.locks import exclusive
+from search.artifacts.locks import exclusive
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.timeout(30)

@@ -18,9 +18,10 @@ from ray_heads import HOST, PORT, URL, needs_namespaces, ray_head
 from studies import tree, write_space
 
 from ccdist.provenance import source_commit
-from search import addresses, cluster, shipping, worker
-from search.addresses import Address, ClusterError, cluster_address
-from search.cluster import RECOUNT_S, ResourcesError, Slots, connected
+from search import worker
+from search.clusters import addresses, cluster, shipping
+from search.clusters.addresses import Address, ClusterError, cluster_address
+from search.clusters.cluster import RECOUNT_S, ResourcesError, Slots, connected
 from search.config import ResourcesConfig
 from search.errors import UserError
 

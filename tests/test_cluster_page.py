@@ -313,7 +313,7 @@ def texts_of(path: Path) -> Iterator[str]:
 
 @cache
 def all_texts() -> list[str]:
-    ours = [text for path in (ROOT / "search").glob("*.py") for text in texts_of(path)]
+    ours = [text for path in (ROOT / "search").rglob("*.py") for text in texts_of(path)]
     return [*ours, authentication_constants.TOKEN_AUTH_ENABLED_BUT_NO_TOKEN_FOUND_ERROR_MESSAGE]
 
 

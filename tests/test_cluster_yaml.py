@@ -224,7 +224,7 @@ def test_everything_mounted_exists_and_every_package_is_mounted(path: Path) -> N
     local = {source for source in mounts.values() if source.startswith("./")}
     assert [source for source in local if not (ROOT / source).exists()] == []
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    packages = project["tool"]["setuptools"]["packages"]
+    packages = [name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]]
     named = [project["project"]["readme"], *project["project"]["license-files"], "pyproject.toml"]
     assert {f"./{name}" for name in [*packages, *named]} <= local
     assert {f"~/ccdist/{source[2:]}" for source in local if "docs" not in source} <= set(mounts)

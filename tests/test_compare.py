@@ -17,13 +17,13 @@ import pytest
 from studies import config_of, open_study, result, write_space
 
 from search import compare as command
-from search.comparability import ComparisonError
-from search.comparison import Comparison, compare
-from search.comparison_figures import fronts_figure, hours_figure, styles
-from search.comparison_text import comparison_json, notes, setting
+from search.comparing.comparability import ComparisonError
+from search.comparing.comparison import Comparison, compare
+from search.comparing.comparison_figures import fronts_figure, hours_figure, styles
+from search.comparing.comparison_text import comparison_json, notes, setting
 from search.config import find_space_file, load_search_config
 from search.storage import default_study_url
-from search.study_record import StoredStudy, load_stored
+from search.studies.study_record import StoredStudy, load_stored
 
 ROOT = Path(__file__).parent.parent
 DOCS = (ROOT / "docs" / "COMPARE.md").read_text()

@@ -20,10 +20,10 @@ from studies import closed_form, config_of, empty_database, open_study, result
 from ccdist.config import NetworkConfig
 from ccdist.data import Dataset, ImageSet, final_dataset, load_dataset, load_test_set
 from search import confirm
+from search.artifacts.places import TrialPlaces
 from search.config import SearchConfig, SpaceFileError, StoppingConfig
-from search.configurations import study_front
-from search.confirm_close import Closing, aliases, registered
-from search.confirmation import (
+from search.confirming.confirm_close import Closing, aliases, registered
+from search.confirming.confirmation import (
     SEED,
     ConfirmationSpace,
     ConfirmationStudy,
@@ -36,16 +36,16 @@ from search.confirmation import (
     runs_left,
     with_target,
 )
-from search.confirmation_config import LADDER, ConfirmationConfig, ConfirmError, confirmation_config
-from search.confirmation_config import config_of as read
-from search.confirmed import result_of
-from search.database import StudyError, open_storage
-from search.places import TrialPlaces
-from search.records import RungValues, StudyRecord, TrialResult
+from search.confirming.confirmation_config import LADDER, ConfirmationConfig, ConfirmError, confirmation_config
+from search.confirming.confirmation_config import config_of as read
+from search.confirming.confirmed import result_of
+from search.results.configurations import study_front
 from search.space import Space
 from search.storage import Storage
+from search.studies.database import StudyError, open_storage
+from search.studies.records import RungValues, StudyRecord, TrialResult
+from search.studies.study_record import stored_config, study_record, verifier_text
 from search.study import Study, load_record
-from search.study_record import stored_config, study_record, verifier_text
 from search.trial import TrialTask, run_trial
 from tracking.journal import RegisterRow, read_rows
 
@@ -459,7 +459,7 @@ def test_the_estimate_of_few_runs_is_not_shared_by_idle_slots(
     storage: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two seconds of student on 1,222 images, one of verification; 16 slots make one run no faster."""
-    monkeypatch.setattr("search.confirm_table.slots_here", lambda resources: 16)
+    monkeypatch.setattr("search.confirming.confirm_table.slots_here", lambda resources: 16)
     told = []
     for seeds in ("1", "16"):
         assert confirm.main(["tiny", "--storage", str(storage), "--members", "0", "--seeds", seeds, "--dry-run"]) == 0

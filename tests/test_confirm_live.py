@@ -18,11 +18,11 @@ from ccdist import checkpoint
 from ccdist.data import load_dataset, load_test_set, to_pixels
 from ccdist.verification import accuracies
 from search import confirm, front
-from search.confirmation import SEED
-from search.places import TrialPlaces
-from search.records import StudyRecord
+from search.artifacts.places import TrialPlaces
+from search.confirming.confirmation import SEED
+from search.studies.records import StudyRecord
 from search.study import load_record
-from search.verifying import load_verdicts
+from search.trials.verifying import load_verdicts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

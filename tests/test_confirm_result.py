@@ -17,14 +17,14 @@ from studies import TREE
 from ccdist.config import VerifyConfig
 from ccdist.recipe import Recipe
 from search.config import SearchConfig
-from search.configurations import study_front
-from search.confirm_estimate import Images, ensemble_passes, estimate, run_cost
-from search.confirm_report import as_json, latex, markdown, rows, terminal_table, tex_escaped
-from search.confirmation import SEED, ConfirmationSpace, Pair, members_of
-from search.confirmation_config import confirmation_config
-from search.confirmed import Point, Result, Spread, knee, result_of
-from search.records import StudyRecord, TrialRecord
+from search.confirming.confirm_estimate import Images, ensemble_passes, estimate, run_cost
+from search.confirming.confirm_report import as_json, latex, markdown, rows, terminal_table, tex_escaped
+from search.confirming.confirmation import SEED, ConfirmationSpace, Pair, members_of
+from search.confirming.confirmation_config import confirmation_config
+from search.confirming.confirmed import Point, Result, Spread, knee, result_of
+from search.results.configurations import study_front
 from search.space import Space
+from search.studies.records import StudyRecord, TrialRecord
 
 CONFIG = SearchConfig.model_validate(TREE | {"network": {"name": "mlp", "width": 8}})
 

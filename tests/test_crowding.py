@@ -1,4 +1,4 @@
-"""Places that were tried often enough: `search.crowding`."""
+"""Places that were tried often enough: `search.suggestions.crowding`."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from studies import config_of
 
 from search.config import GPConfig, TPEConfig
-from search.crowding import CROWD, LATEST, is_crowded, is_near
-from search.proposal import Proposal
-from search.records import TrialRecord, TrialState
-from search.sampling import Suggested
-from search.sampling_view import History, distributions
 from search.space import Space
+from search.studies.records import TrialRecord, TrialState
+from search.suggestions.crowding import CROWD, LATEST, is_crowded, is_near
+from search.suggestions.proposal import Proposal
+from search.suggestions.sampling import Suggested
+from search.suggestions.sampling_view import History, distributions
 
 KNOWN: dict[str, BaseDistribution] = {
     "alpha": FloatDistribution(0.01, 1.0, log=True),
@@ -90,7 +90,7 @@ def test_a_crowded_suggestion_of_a_gaussian_process_is_replaced(tmp_path: Any, m
 
     assert suggestion(GPConfig(), gp=nowhere) == nowhere
     assert suggestion(TPEConfig(), tpe=here) == here
-    monkeypatch.setattr("search.proposal.is_by_values", lambda tell_stopped: False)
+    monkeypatch.setattr("search.suggestions.proposal.is_by_values", lambda tell_stopped: False)
     assert suggestion(GPConfig(), gp=here) == here  # as Optuna's own
     monkeypatch.undo()
     assert suggestion(GPConfig(), gp=here, tpe=nowhere, random=there) == nowhere

@@ -18,13 +18,13 @@ import sqlalchemy
 from studies import FINGERPRINT, closed_form, config_of, empty_database, result, space_of
 
 from search import doctor
-from search.advisory_lock import lock_number
-from search.database import DatabaseAwayError, StudyError, open_storage, postgres_url, without_password
-from search.driver_lock import DriverLock
-from search.locks import LockedError
+from search.artifacts.locks import LockedError
+from search.artifacts.store_lock import _holder
 from search.space import Space
 from search.storage import Storage
-from search.store_lock import _holder
+from search.studies.advisory_lock import lock_number
+from search.studies.database import DatabaseAwayError, StudyError, open_storage, postgres_url, without_password
+from search.studies.driver_lock import DriverLock
 from search.study import Study, load_record
 
 if TYPE_CHECKING:  # pytest imports it as a plugin
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.timeout(30)  # the server's first start
 # A driver without a search: it holds the lock until it is killed.
 HOLDER = """
 import signal, sys
-from search.driver_lock import study_lock
+from search.studies.driver_lock import study_lock
 with study_lock(sys.argv[1], sys.argv[2]):
     print("held", flush=True)
     signal.pause()

@@ -31,12 +31,11 @@ from studies import config_of, open_study, result
 from test_searcher import FakeFiles, FakeScheduler, FakeTeachers, Log, drive, no_teacher, succeed
 
 from ccdist.training import NonFiniteLossError
-from search import cluster, execution, nodes, ray_deaths
-from search.asking import Asker, Inline
-from search.bad_hosts import AVOID_S
-from search.budget import Budget, accelerator_hours
-from search.config import BudgetConfig, ResourcesConfig
-from search.deaths import (
+from search import execution
+from search.artifacts.trial_files import TrialFiles
+from search.attempts import ray_deaths
+from search.attempts.bad_hosts import AVOID_S
+from search.attempts.deaths import (
     KILLED_FOR_MEMORY,
     NODE_LOST,
     NODE_PREEMPTED,
@@ -49,17 +48,20 @@ from search.deaths import (
     account,
     exhausted,
 )
-from search.endings import is_of_gpu, is_out_of_memory
-from search.nodes import LOOK_S, Leaving, Roomiest, ids_on
-from search.ray_deaths import WorkerLostError, cause_of, watched
-from search.records import Death, RungValues
-from search.report import front_json, front_table
+from search.attempts.ray_deaths import WorkerLostError, cause_of, watched
+from search.attempts.shares import Node, Share, Shares, memory_class
+from search.clusters import cluster, nodes
+from search.clusters.nodes import LOOK_S, Leaving, Roomiest, ids_on
+from search.config import BudgetConfig, ResourcesConfig
+from search.results.report import front_json, front_table
 from search.scheduler import StudyScheduler
+from search.scheduling.budget import Budget, accelerator_hours
+from search.scheduling.waiting import RETRY_S, TeacherQueue
 from search.searcher import IDENTICAL_FAILURES, StudySearcher
-from search.shares import Node, Share, Shares, memory_class
+from search.studies.records import Death, RungValues
 from search.study import Study
-from search.trial_files import TrialFiles
-from search.waiting import RETRY_S, TeacherQueue
+from search.suggestions.asking import Asker, Inline
+from search.trials.endings import is_of_gpu, is_out_of_memory
 from search.worker import Suggestion
 
 pytestmark = pytest.mark.timeout(30)  # the first test pays for importing Ray
@@ -454,7 +456,8 @@ def test_no_host_is_avoided_that_nothing_can_do_without(monkeypatch: pytest.Monk
     def node(name: str, cpus: float, *, alive: bool = True) -> dict[str, Any]:
         return {"Alive": alive, "NodeID": f"id-{name}", "NodeManagerHostname": name, "Resources": {"CPU": cpus}}
 
-    monkeypatch.setattr("search.nodes.ray.nodes", lambda: [node("a", 4), node("b", 2), node("c", 8, alive=False)])
+    found = [node("a", 4), node("b", 2), node("c", 8, alive=False)]
+    monkeypatch.setattr("search.clusters.nodes.ray.nodes", lambda: found)
     resources = ResourcesConfig(cpu=2)
     assert ids_on(resources, {"a"}, Share(2, 0)) == ("id-a",)
     assert ids_on(resources, {"a"}, Share(4, 0)) == ()
@@ -729,7 +732,7 @@ def test_no_room_is_kept_for_a_large_trial_whose_teacher_is_trained_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until the teacher is there: then nothing smaller starts before it."""
-    monkeypatch.setattr("search.shares.memory_class", repr)  # each trial is its own
+    monkeypatch.setattr("search.attempts.shares.memory_class", repr)  # each trial is its own
     bench = Bench(tmp_path, resources={"gpu": 0.25}, target=40, slots=4)
     now = [0.0]
     queue = TeacherQueue(lambda each: None if each.number else "T", bench.teachers, lambda: now[0])

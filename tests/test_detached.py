@@ -20,8 +20,9 @@ from ray.job_submission import JobStatus
 from ray_heads import URL, Head, needs_namespaces, only_child, ray_head
 from studies import tree, write_space
 
-from search import detached, front, jobs, run
-from search.jobs import command
+from search import front, run
+from search.clusters import detached, jobs
+from search.clusters.jobs import command
 
 pytestmark = pytest.mark.timeout(30)  # the first test pays for importing Ray
 
@@ -142,7 +143,7 @@ def test_a_study_has_one_job_at_a_time(space: Path, client: FakeClient, capsys: 
 def test_what_cannot_be_handed_over(
     space: Path, client: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search.addresses.read_ray_address", lambda: None)
+    monkeypatch.setattr("search.clusters.addresses.read_ray_address", lambda: None)
     assert "student.epoch; did you mean" in refused(
         capsys, space, "--detach", "--address", URL, "--set", "student.epoch=1"
     )

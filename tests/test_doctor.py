@@ -18,15 +18,15 @@ from ccdist import checkpoint
 from ccdist.networks import build_network
 from ccdist.training import TrainingResult
 from ccdist.verdicts import SCHEMA, Finding, Rows, Verdict, accuracies
-from search.bookkeeping import study_info
+from search.artifacts.places import TrialPlaces
 from search.config import SearchConfig
 from search.doctor import main
-from search.endings import conclude
-from search.places import TrialPlaces
-from search.records import TrialResult
 from search.storage import Storage
+from search.studies.records import TrialResult
 from search.study import load_record
 from search.teachers import TeacherStore, get_or_train
+from search.tracked.bookkeeping import study_info
+from search.trials.endings import conclude
 from tracking.audit import study_runs
 from tracking.journal import STUDY_JOURNAL, Journal, read_rows, save_study_info
 from tracking.mlflow_tracker import MlflowTracker, local_store, open_client

@@ -14,8 +14,8 @@ from optuna.exceptions import StorageInternalError
 
 from benchmarks.kills import front_faults, study_faults, tracking_faults
 from benchmarks.live_search import PATIENCE_S, Server, wait_for
-from search.database import StudyError
-from search.records import StudyRecord
+from search.studies.database import StudyError
+from search.studies.records import StudyRecord
 from tracking.journal import MetricsRow, StartRow
 
 if TYPE_CHECKING:  # pytest imports it as a plugin

@@ -30,11 +30,11 @@ from ccdist.data import ImageSet, load_dataset
 from ccdist.networks import Network
 from ccdist.verification import accuracies
 from search import front, run
-from search.places import TrialPlaces
+from search.artifacts.places import TrialPlaces
 from search.recipe import Recipe
-from search.records import RungValues, StudyRecord, TrialRecord, TrialResult
-from search.study_record import load_record
-from search.verifying import Spent, load_verdicts, verify_trial
+from search.studies.records import RungValues, StudyRecord, TrialRecord, TrialResult
+from search.studies.study_record import load_record
+from search.trials.verifying import Spent, load_verdicts, verify_trial
 from tracking.mlflow_tracker import MlflowTracker, local_store
 
 pytestmark = pytest.mark.timeout(500)

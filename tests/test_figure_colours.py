@@ -10,11 +10,11 @@ from plotly.colors import get_colorscale
 from test_report import SMALL, study, traces, trial
 from test_report_intervals import OPEN, SEEDS, stopped
 
-from search.configurations import study_front
-from search.figure_style import BELOW, FRONT, OTHER, REFERENCE
-from search.figure_style import SEEDS as SEED_COLOUR
-from search.figures import untitled_front
-from search.trial_figures import COSTS, FURTHER_COSTS, STOPPED_COSTS, costs_figure
+from search.results.configurations import study_front
+from search.results.figure_style import BELOW, FRONT, OTHER, REFERENCE
+from search.results.figure_style import SEEDS as SEED_COLOUR
+from search.results.figures import untitled_front
+from search.results.trial_figures import COSTS, FURTHER_COSTS, STOPPED_COSTS, costs_figure
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0; they act on linear RGB.
 VISIONS = {

@@ -1,4 +1,4 @@
-"""What values at a rung say about results: `search.forecast`."""
+"""What values at a rung say about results: `search.scheduling.forecast`."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from search.forecast import PRIOR_SPREAD, PRIOR_TRIALS, forecast
+from search.scheduling.forecast import PRIOR_SPREAD, PRIOR_TRIALS, forecast
 
 Array = NDArray[np.float64]
 

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from studies import result
 
-from search import redrawing
-from search.configurations import study_front
-from search.front_log import FrontLog
-from search.listeners import Listeners
-from search.moving_front import MovingFront
-from search.records import StudyRecord, TrialRecord, TrialResult
-from search.redrawing import Redrawing
-from search.report import front_trials
+from search.results.configurations import study_front
+from search.results.report import front_trials
+from search.studies.records import StudyRecord, TrialRecord, TrialResult
+from search.tracked import redrawing
+from search.tracked.front_log import FrontLog
+from search.tracked.listeners import Listeners
+from search.tracked.moving_front import MovingFront
+from search.tracked.redrawing import Redrawing
 from tracking.journal import STUDY_JOURNAL, FrontRow, Journal, StudyRow, read_rows
 from tracking.sender import sent_path
 

@@ -12,7 +12,7 @@ from studies import result
 
 from benchmarks.kills import KINDS, Round, front_faults, run_round, study_faults, undisturbed
 from benchmarks.live_search import Server, wait_for
-from search.records import StudyRecord, TrialRecord
+from search.studies.records import StudyRecord, TrialRecord
 
 pytestmark = pytest.mark.timeout(600)
 

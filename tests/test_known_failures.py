@@ -58,16 +58,17 @@ from rich.console import Console
 from studies import FINGERPRINT, config_of, open_study, result
 
 from ccdist.data import Dataset, ImageSet
-from search import cluster, execution, worker
+from search import execution, worker
+from search.clusters import cluster
 from search.execution import Outcome, execute
-from search.records import RungValues, TrialResult
-from search.reports import Reports
-from search.sampling import suggest
-from search.sampling_view import History
 from search.scheduler import StudyScheduler
 from search.space import Space
 from search.storage import Storage
+from search.studies.records import RungValues, TrialResult
+from search.suggestions.sampling import suggest
+from search.suggestions.sampling_view import History
 from search.trial import TrialTask
+from search.trials.reports import Reports
 from search.worker import Suggestion
 
 pytestmark = pytest.mark.timeout(300)  # Ray, and two workers that import torch, on a machine that may be busy
@@ -174,7 +175,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         patch.setenv("RAY_prestart_worker_first_driver", "0")  # a process for each core, none of which runs a trial
         for name in ("RAY_ADDRESS", "TUNE_DISABLE_STRICT_METRIC_CHECKING"):
             patch.delenv(name, raising=False)
-        patch.setattr("search.addresses.read_ray_address", lambda: None)
+        patch.setattr("search.clusters.addresses.read_ray_address", lambda: None)
         patch.setattr(tempfile, "tempdir", str(scratch))
         patch.setattr(execution, "trainable", trainable)
         patch.setattr(execution, "close_study", lambda *anything: None)  # figures take seconds

@@ -1,10 +1,13 @@
 """The direction of imports: search -> ccdist, search -> tracking, and each framework behind one folder."""
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 ROOT = Path(__file__).parent.parent
 FRAMEWORKS = {"ray": "search", "optuna": "search", "mlflow": "tracking"}  # each in this folder only
@@ -52,6 +55,37 @@ def test_all_packages_are_walked() -> None:
     assert [name for name in PACKAGES if not list((ROOT / name).rglob("*.py"))] == []
 
 
+def modules_of(package: str) -> dict[str, str]:
+    """Name of each module of a package, and the folder below it that holds the module."""
+    files = [path.relative_to(ROOT / package) for path in (ROOT / package).rglob("*.py")]
+    return {path.stem: path.parent.as_posix() for path in files if path.stem != "__init__"}
+
+
+def places_told(page: str) -> dict[str, str]:
+    """Name of each module in the page's tables, and the folder of its row; an empty cell repeats the one above."""
+    told, folder = {}, "."
+    for line in page.splitlines():
+        match [cell.strip() for cell in line.strip("|").split("|")]:
+            case [files, _]:
+                told.update(dict.fromkeys(re.findall(r"`(\w+)`", files), "."))
+            case [first, _, files]:
+                folder = first.strip("`") or folder
+                told.update(dict.fromkeys(re.findall(r"`(\w+)`", files), folder))
+    return told
+
+
+@pytest.mark.parametrize("package", ["search", "tracking"])
+def test_the_page_of_the_architecture_says_where_each_module_is(package: str) -> None:
+    told = places_told((ROOT / "docs" / "ARCHITECTURE.md").read_text())
+    assert {name: told.get(name) for name in modules_of(package)} == modules_of(package)
+
+
+def test_every_folder_of_modules_is_shipped() -> None:
+    include = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    folders = {path.parent.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert {".".join(folder.parts) for folder in folders} <= set(find_packages(str(ROOT), include=include))
+
+
 @pytest.mark.parametrize(
     ("path", "source", "line"),
     [
@@ -63,7 +97,7 @@ def test_all_packages_are_walked() -> None:
         ("ccdist/bounds.py", "import importlib\nimportlib.import_module('ray.tune')\n", 2),
         ("ccdist/bounds.py", "x = __import__('search')\n", 1),
         ("tracking/tracker.py", "import ccdist.config as config\n", 1),
-        ("tracking/tracker.py", "import os, search.records\n", 1),
+        ("tracking/tracker.py", "import os, search.studies.records\n", 1),
         ("tracking/tracker.py", "if True:\n    from ray import tune\n", 2),
         ("tracking/tracker.py", "import optuna\n", 1),
         ("search/run.py", "try:\n    import mlflow\nexcept ImportError:\n    pass\n", 2),
@@ -87,7 +121,7 @@ def test_a_planted_violation_is_caught(tmp_path: Path, path: str, source: str, l
         ("search/run.py", "import ray.tune, optuna, ccdist.config\nfrom tracking.tracker import Tracker\n"),
         ("tracking/mlflow_tracker.py", "from mlflow import MlflowClient\n"),
         ("tests/test_run.py", "import mlflow, ray, optuna, search\n"),
-        ("benchmarks/search.py", "import search.simulator\n"),
+        ("benchmarks/search.py", "import search.simulation.simulator\n"),
         (".venv/lib/ray.py", "import ray\n"),
     ],
 )

@@ -11,8 +11,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FileSelector, FileSystem, FSSpecHandler, LocalFileSystem, PyFileSystem
 
-from search import leases
-from search.leases import Held, Lease, Leases
+from search.artifacts import leases
+from search.artifacts.leases import Held, Lease, Leases
 
 EXPIRY_S = 60.0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from search.locks import LockedError, exclusive
+from search.artifacts.locks import LockedError, exclusive
 
 # A fresh interpreter: a fork would carry the threads of whatever ran before.
 SPAWN = multiprocessing.get_context("spawn")

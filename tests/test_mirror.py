@@ -16,22 +16,22 @@ from studies import config_of, result
 from ccdist.checkpoint import CorruptCheckpointError, NewerFormatError
 from ccdist.networks import build_network
 from ccdist.training import TrainingResult
-from search import leases, remote_files, store_lock, workplace
-from search.artifact_place import ArtifactPlace, PlaceError, probe
-from search.disk_space import DiskFullError, StorageAwayError
+from search.artifacts import leases, remote_files, store_lock, workplace
+from search.artifacts.artifact_place import ArtifactPlace, PlaceError, probe
+from search.artifacts.disk_space import DiskFullError, StorageAwayError
+from search.artifacts.leases import Lease, Leases
+from search.artifacts.locks import LockedError
+from search.artifacts.manifests import Entry, Manifest, StoredFiles, SupersededError, Version
+from search.artifacts.mirror import Mirror, verdicts
+from search.artifacts.places import TrialPlaces, load_result, save_result
+from search.artifacts.remote_files import UnreachableError
+from search.artifacts.trial_copies import STUDY_KEY, LocalFiles, Writer, is_record, is_state, is_visible, pull
+from search.artifacts.trial_files import TrialFiles
+from search.artifacts.workplace import Workplace
 from search.errors import UserError
-from search.leases import Lease, Leases
-from search.locks import LockedError
-from search.manifests import Entry, Manifest, StoredFiles, SupersededError, Version
-from search.mirror import Mirror, verdicts
-from search.places import TrialPlaces, load_result, save_result
-from search.records import RungValues, TrialResult
-from search.remote_files import UnreachableError
 from search.storage import Storage, StorageError
+from search.studies.records import RungValues, TrialResult
 from search.teachers import TeacherStore
-from search.trial_copies import STUDY_KEY, LocalFiles, Writer, is_record, is_state, is_visible, pull
-from search.trial_files import TrialFiles
-from search.workplace import Workplace
 from tracking.journal import Journal, StartRow, end_dead_trials, read_rows
 from tracking.sender import sent_path
 

@@ -20,12 +20,12 @@ from test_trial import Recorder
 
 from ccdist import checkpoint
 from ccdist.data import Dataset, load_dataset, to_pixels
+from search.artifacts.places import TrialPlaces
 from search.fetch import main as fetch_main
-from search.places import TrialPlaces
 from search.recipe import Recipe
-from search.records import TrialResult
+from search.studies.records import TrialResult
 from search.trial import TrialTask, run_trial
-from search.verifying import Spent, verify_trial
+from search.trials.verifying import Spent, verify_trial
 from tracking.journal import STUDY_JOURNAL, Journal, save_study_info
 from tracking.mlflow_tracker import MlflowTracker, local_store
 from tracking.sender import Delivery

@@ -31,16 +31,17 @@ from studies import FINGERPRINT, config_of, result
 
 from ccdist.data import Dataset, ImageSet, load_dataset
 from ccdist.training import EpochReport, TrainingResult, train_student
-from search import cluster, execution, trial, worker
+from search import execution, trial, worker
+from search.artifacts.places import TrialPlaces
+from search.attempts.deaths import KILLED_FOR_MEMORY, NODE_LOST, NODE_PREEMPTED, OUT_OF_MEMORY
+from search.clusters import cluster
 from search.config import SearchConfig
-from search.deaths import KILLED_FOR_MEMORY, NODE_LOST, NODE_PREEMPTED, OUT_OF_MEMORY
 from search.execution import Outcome, execute
-from search.places import TrialPlaces
-from search.records import TrialResult
-from search.reports import Reports
 from search.space import Space
 from search.storage import Storage
+from search.studies.records import TrialResult
 from search.trial import TrialTask
+from search.trials.reports import Reports
 from tracking.journal import MetricsRow, read_rows
 
 pytestmark = [
@@ -359,7 +360,7 @@ def test_a_trial_leaves_a_node_that_has_notice_before_it_goes(
     nodes: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As from a cloud that takes a spot node back in two minutes: the trial does not wait for that."""
-    monkeypatch.setattr("search.nodes.LOOK_S", 0.2)  # these trials are over in the time between two looks
+    monkeypatch.setattr("search.clusters.nodes.LOOK_S", 0.2)  # these trials are over in the time between two looks
 
     def give_notice(node: Any) -> None:
         client = ray._raylet.GcsClient(address=nodes.address)

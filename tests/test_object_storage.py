@@ -17,13 +17,13 @@ from s3_server import ENVIRONMENT, S3Server, s3_server
 from studies import config_of, open_study
 
 from benchmarks.live_search import FOREIGN_VARIABLES, ROOT, kill_session, wait_for, workers_of
-from search.artifact_place import ArtifactPlace, probe
-from search.database import StudyError
-from search.manifests import StoredFiles, StoredStudy
-from search.places import TrialPlaces
-from search.records import StudyRecord
-from search.study_record import load_record
-from search.trial_copies import is_state
+from search.artifacts.artifact_place import ArtifactPlace, probe
+from search.artifacts.manifests import StoredFiles, StoredStudy
+from search.artifacts.places import TrialPlaces
+from search.artifacts.trial_copies import is_state
+from search.studies.database import StudyError
+from search.studies.records import StudyRecord
+from search.studies.study_record import load_record
 from tracking.mlflow_tracker import MlflowTracker, local_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -29,13 +29,14 @@ from ccdist.config import DataConfig
 from ccdist.data import Dataset, load_dataset
 from ccdist.verdict_store import LadderState, Position
 from ccdist.verdicts import Rows
-from search import doctor, formats, front, run
+from search import doctor, front, run
 from search.config import SearchConfig, load_search_config
-from search.records import RungValues, StudyRecord, TrialResult
-from search.report import front_json
+from search.results.report import front_json
 from search.storage import Storage, default_study_url
+from search.studies import formats
+from search.studies.records import RungValues, StudyRecord, TrialResult
+from search.studies.study_record import load_stored
 from search.study import Study, load_record, stored_record
-from search.study_record import load_stored
 from search.trial import TrialPlaces, TrialTask, run_trial
 from tracking import replay
 from tracking.journal import STUDY_FILE, load_study_info

@@ -24,17 +24,17 @@ from studies import FINGERPRINT, closed_form, config_of, open_study, result, spa
 
 from benchmarks.kills import study_faults
 from benchmarks.live_search import PATIENCE_S, wait_for
-from search import database, patience
-from search.asking import Asker, Inline
+from search.artifacts.disk_space import when_it_answers
+from search.artifacts.trial_files import TrialFiles
 from search.config import SearchConfig
-from search.database import DatabaseAwayError
-from search.disk_space import when_it_answers
-from search.driver_lock import DriverLock, file_lock
-from search.patience import Patience, interruptible
-from search.records import RungValues, StudyRecord
+from search.studies import database, patience
+from search.studies.database import DatabaseAwayError
+from search.studies.driver_lock import DriverLock, file_lock
+from search.studies.patience import Patience, interruptible
+from search.studies.records import RungValues, StudyRecord
+from search.studies.study_record import made_or_checked
 from search.study import Study, StudyError
-from search.study_record import made_or_checked
-from search.trial_files import TrialFiles
+from search.suggestions.asking import Asker, Inline
 
 if TYPE_CHECKING:  # pytest imports it as a plugin
     from postgres_server import PostgresServer
@@ -287,7 +287,7 @@ def test_a_lock_file_is_held_while_its_file_system_does_not_answer(
 
 def test_the_driver_writes_an_end_once_the_folder_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, errors = TrialFiles(tmp_path, "tiny"), [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "broken")]
-    monkeypatch.setattr("search.trial_files.discard", lambda places: raised(errors))
+    monkeypatch.setattr("search.artifacts.trial_files.discard", lambda places: raised(errors))
     files.end_failed("tiny-0000", "no luck", silent=True)
     assert errors == []
     with pytest.raises(PermissionError):

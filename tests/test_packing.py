@@ -20,9 +20,10 @@ from ccdist import device_usage
 from ccdist.data import load_dataset
 from ccdist.device_usage import Gpu, Usage, gpus, host_memory, peak_memory, reset_peak_memory, used
 from ccdist.networks import build_network
-from search import pack, packing, side_by_side
+from search import pack
 from search.config import find_space_file, load_search_config
-from search.packing import (
+from search.sharing import packing, side_by_side
+from search.sharing.packing import (
     GIB,
     Exploration,
     Level,
@@ -40,7 +41,7 @@ from search.packing import (
     settings,
     table,
 )
-from search.probe import (
+from search.sharing.probe import (
     TrialSample,
     TrialUsage,
     largest_corner,
@@ -49,8 +50,8 @@ from search.probe import (
     training_part,
     trial_samples,
 )
-from search.side_by_side import Copies, measure_packing, this_machine
-from search.side_process import Part
+from search.sharing.side_by_side import Copies, measure_packing, this_machine
+from search.sharing.side_process import Part
 
 pytestmark = pytest.mark.timeout(60)  # the first training of a process pays for imports
 

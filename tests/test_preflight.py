@@ -19,11 +19,10 @@ from ray.cluster_utils import Cluster
 from studies import empty_database, tree, write_space
 
 from ccdist.device_usage import Gpu, Usage
-from search import cluster_checkup, doctor, node_probes, pack
-from search.cluster_checkup import Examined, check_database, check_tracking
-from search.config import ResourcesConfig
-from search.consistency import Finding
-from search.node_probes import (
+from search import doctor, pack
+from search.clusters import cluster_checkup, node_probes
+from search.clusters.cluster_checkup import Examined, check_database, check_tracking
+from search.clusters.node_probes import (
     Clock,
     Node,
     NodeAnswer,
@@ -34,10 +33,12 @@ from search.node_probes import (
     living_nodes,
     one_of_each_kind,
 )
-from search.packing import GIB
-from search.preflight import ClusterView, cluster_findings, memory_findings, slots_of, summary
-from search.probe import TrialUsage
-from search.reach import Finding as Reach
+from search.clusters.preflight import ClusterView, cluster_findings, memory_findings, slots_of, summary
+from search.clusters.reach import Finding as Reach
+from search.config import ResourcesConfig
+from search.sharing.packing import GIB
+from search.sharing.probe import TrialUsage
+from search.studies.consistency import Finding
 
 pytestmark = pytest.mark.timeout(30)  # the first test pays for importing Ray
 

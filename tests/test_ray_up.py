@@ -28,9 +28,9 @@ import yaml
 from netlab import HOME, OUTSIDE, SSH_KEY, Lab, Machine, Plan, Process, lab, what_is_missing
 
 from ccdist import checkpoint
-from search.places import TrialPlaces, load_result
-from search.records import StudyRecord
-from search.study_record import load_record
+from search.artifacts.places import TrialPlaces, load_result
+from search.studies.records import StudyRecord
+from search.studies.study_record import load_record
 
 ROOT = Path(__file__).parent.parent
 CLUSTER_FILE = ROOT / "docs/clusters/local.yaml"

@@ -12,11 +12,12 @@ import pytest
 from ray_heads import HOST, PORT, Head, needs_namespaces, only_child, ray_head
 from studies import tree, write_space
 
-from search import artifact_place, reach, sight
-from search.addresses import ClusterError
-from search.disk_space import StorageAwayError
-from search.reach import Answer, answer, check_nodes, survey, versions
-from search.workplace import Workplace
+from search.artifacts import artifact_place
+from search.artifacts.disk_space import StorageAwayError
+from search.artifacts.workplace import Workplace
+from search.clusters import reach, sight
+from search.clusters.addresses import ClusterError
+from search.clusters.reach import Answer, answer, check_nodes, survey, versions
 
 pytestmark = pytest.mark.timeout(30)  # the first test pays for importing Ray
 

@@ -13,13 +13,13 @@ import plotly.graph_objects as go
 import pytest
 from rich.console import Console
 
-from search.configurations import study_front
-from search.figures import front_figure, save_front_png, untitled_front
-from search.page import write_report
-from search.records import StudyRecord, TrialRecord, TrialState
-from search.report import front_json, front_table, front_trials, study_hypervolume
-from search.report_text import setting, shared_parameters, varied_parameters
-from search.trial_figures import costs_figure, hypervolume_figure, parameters_figure
+from search.results.configurations import study_front
+from search.results.figures import front_figure, save_front_png, untitled_front
+from search.results.page import write_report
+from search.results.report import front_json, front_table, front_trials, study_hypervolume
+from search.results.report_text import setting, shared_parameters, varied_parameters
+from search.results.trial_figures import costs_figure, hypervolume_figure, parameters_figure
+from search.studies.records import StudyRecord, TrialRecord, TrialState
 
 SETTING = "1,797 validation images of digits; threat: linf 8/255; verifier: pgd, ibp, crown; each point: n = 1 seed."
 HOSTILE = '</script><script>alert("x")</script><b>&amp;[red]$x^2$'

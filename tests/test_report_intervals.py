@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from test_report import HOSTILE, Page, rendered, study, table_rows, traces, trial
 
-from search.configurations import configurations, hypervolume_course, study_front
-from search.figures import front_figure, save_front_png
-from search.page import write_report
 from search.pareto import hypervolume
-from search.records import RungValues, StudyRecord, TrialRecord
-from search.report import front_json, front_trials, study_hypervolume
-from search.report_text import doubts, hypervolume_summary, setting, stopped_summary
-from search.trial_figures import costs_figure, hypervolume_figure
+from search.results.configurations import configurations, hypervolume_course, study_front
+from search.results.figures import front_figure, save_front_png
+from search.results.page import write_report
+from search.results.report import front_json, front_trials, study_hypervolume
+from search.results.report_text import doubts, hypervolume_summary, setting, stopped_summary
+from search.results.trial_figures import costs_figure, hypervolume_figure
+from search.studies.records import RungValues, StudyRecord, TrialRecord
 
 # Above (0.5, 0.0), lower ends: 0.40 x 0.30 + 0.36 x 0.05 + 0.35 x 0.05 + 0.30 x 0.10 = 0.1855.
 # Upper ends: 0.40 x 0.30 + 0.36 x 0.12 + 0.30 x 0.08 + 0.20 x 0.05 = 0.1972.

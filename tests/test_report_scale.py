@@ -10,18 +10,16 @@ import pytest
 from test_report import Page, many, rendered, study, table_rows, traces, trial, unfinished
 
 from ccdist.config import VerificationOptions
-from search.configurations import study_front
-from search.figures import BARS, untitled_front
-from search.page import write_report
-from search.page_tables import BLOCK_ROWS, OPEN_ROWS
-from search.records import StudyRecord
-from search.report import SHOWN_MEMBERS
-from search.report_text import by_standard_accuracy, setting, spread
-from search.study_record import verifier_text
-from search.trial_figures import (
+from search.results.configurations import study_front
+from search.results.figures import BARS, untitled_front
+from search.results.page import write_report
+from search.results.page_tables import BLOCK_ROWS, OPEN_ROWS
+from search.results.report import SHOWN_MEMBERS
+from search.results.report_text import by_standard_accuracy, setting, spread
+from search.results.trial_figures import (
     BARS as COST_BARS,
 )
-from search.trial_figures import (
+from search.results.trial_figures import (
     COLOURED_LINES,
     LINES_BELOW,
     MARKED,
@@ -32,6 +30,8 @@ from search.trial_figures import (
     parameters_figure,
     parameters_text_of,
 )
+from search.studies.records import StudyRecord
+from search.studies.study_record import verifier_text
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

@@ -9,9 +9,9 @@ from studies import config_of, open_study, result
 
 from ccdist.data import load_dataset
 from search import rerun
-from search.records import RungValues, TrialRecord, TrialResult
 from search.rerun import agrees
 from search.space import Space
+from search.studies.records import RungValues, TrialRecord, TrialResult
 from search.trial import TrialPlaces, TrialTask, run_trial
 
 

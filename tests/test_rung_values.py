@@ -14,9 +14,9 @@ from ccdist.linear_bounds import crown_lower_bounds
 from ccdist.networks import build_network
 from ccdist.threats import perturbation_set
 from ccdist.training_step import EpsilonSchedule
-from search import rung_values
-from search.records import RungValues
-from search.rung_values import Judge, PassedRung, RungLog, common_order, rung_epochs, stages
+from search.studies.records import RungValues
+from search.trials import rung_values
+from search.trials.rung_values import Judge, PassedRung, RungLog, common_order, rung_epochs, stages
 
 THREAT = ThreatModel(epsilon="1/10")
 

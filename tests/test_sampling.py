@@ -14,11 +14,12 @@ from studies import closed_form, config_of
 
 from search import pareto
 from search.config import GPConfig, NSGA2Config, NSGA3Config, RandomConfig, SearchConfig, TPEConfig
-from search.proposal import DRAWS, Proposal, repetition
 from search.recipe import derive_seed
-from search.records import RungValues, TrialRecord
-from search.sampling import DIRECTIONS, Suggested, make_sampler, suggest
-from search.sampling_view import (
+from search.space import Space
+from search.studies.records import RungValues, TrialRecord
+from search.suggestions.proposal import DRAWS, Proposal, repetition
+from search.suggestions.sampling import DIRECTIONS, Suggested, make_sampler, suggest
+from search.suggestions.sampling_view import (
     EARLY_FROM,
     VIEW_SIZES,
     Expectations,
@@ -27,7 +28,6 @@ from search.sampling_view import (
     shown_trials,
     thinned,
 )
-from search.space import Space
 
 FLOORS = {"standard_accuracy": 0.6, "certified_accuracy": 0.3}
 SAMPLERS: list[dict[str, Any]] = [
@@ -252,7 +252,7 @@ def test_what_each_sampler_is_told_beyond_optunas_own_study(
         early.append((options["early"], options["filled"]))
         return frozen_trials(*args, **options)
 
-    monkeypatch.setattr("search.sampling.frozen_trials", watched)
+    monkeypatch.setattr("search.suggestions.sampling.frozen_trials", watched)
     for sampler in (TPEConfig(), GPConfig(), NSGA2Config(), NSGA3Config()):
         suggest(sampler, 0, History(), Space(config), floors={})
     suggest(GPConfig(), 0, History(), Space(config), floors={}, tell_stopped="pruned")

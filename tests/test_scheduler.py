@@ -15,8 +15,8 @@ from ray.tune.schedulers import TrialScheduler
 from studies import config_of
 
 from search.config import SearchConfig
-from search.records import RungValues, TrialRecord, TrialResult
 from search.scheduler import StudyScheduler
+from search.studies.records import RungValues, TrialRecord, TrialResult
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from studies import result
 
 from benchmarks.real_search import curve_of, done_seconds, driver_line, table_lines
 from benchmarks.verification_cost import Report, Timeline, replay, report_lines
-from search.records import StudyRecord, TrialRecord
+from search.studies.records import StudyRecord, TrialRecord
 
 
 def timeline(number: int, standard: float, attacked: float, certified: float, seconds: float) -> Timeline:

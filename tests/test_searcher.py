@@ -16,16 +16,16 @@ from ray.tune.search import Searcher
 from studies import closed_form, config_of, open_study, result
 
 from search import execution
-from search.asking import Asker, Inline
-from search.budget import Budget
+from search.attempts.deaths import Cause
 from search.config import BudgetConfig, ResourcesConfig
-from search.deaths import Cause
-from search.driver_lock import DriverLock
 from search.pareto import hypervolume
-from search.records import RungValues, TrialResult
+from search.scheduling.budget import Budget
+from search.scheduling.waiting import RETRY_S, TeacherQueue
 from search.searcher import StudySearcher, allowed_failures
+from search.studies.driver_lock import DriverLock
+from search.studies.records import RungValues, TrialResult
 from search.study import Assignment, Study
-from search.waiting import RETRY_S, TeacherQueue
+from search.suggestions.asking import Asker, Inline
 from search.worker import Suggestion
 
 pytestmark = pytest.mark.timeout(30)  # the first test pays for importing Ray

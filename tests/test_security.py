@@ -40,19 +40,19 @@ from ccdist.program import save_program
 from ccdist.search_state import SearchState
 from ccdist.yaml_files import MOST_VALUES, YamlFileError, _Loader, read_tree
 from search import run as search_run
-from search.bookkeeping import study_info
-from search.cluster import connected
+from search.artifacts.manifests import Manifest, Version
+from search.artifacts.places import TrialPlaces, discard, load_result, save_result
+from search.artifacts.trial_copies import LocalFiles
+from search.clusters.cluster import connected
+from search.clusters.local_ray import keys_stay_here, private_token
 from search.config import ResourcesConfig
-from search.local_ray import keys_stay_here, private_token
-from search.manifests import Manifest, Version
-from search.places import TrialPlaces, discard, load_result, save_result
-from search.rung_values import RungLog
 from search.searcher import StudySearcher
 from search.storage import Storage
-from search.study_files import describe_environment, write_settings
 from search.teachers import TeacherStore
-from search.trial_copies import LocalFiles
-from search.verifying import load_verdicts
+from search.tracked.bookkeeping import study_info
+from search.tracked.study_files import describe_environment, write_settings
+from search.trials.rung_values import RungLog
+from search.trials.verifying import load_verdicts
 from tracking import ui
 from tracking.journal import STUDY_JOURNAL, Journal, read_rows, save_study_info
 from tracking.program_check import wrong_record
@@ -75,7 +75,7 @@ _CALLS = {
 
 
 # What a process sends to children that it started itself, through a pipe that nobody else has.
-BETWEEN_OWN_PROCESSES = {"search/side_by_side.py import pickle", "search/side_process.py import pickle"}
+BETWEEN_OWN_PROCESSES = {"search/sharing/side_by_side.py import pickle", "search/sharing/side_process.py import pickle"}
 
 
 def dotted(node: ast.expr) -> str:
@@ -670,11 +670,11 @@ def test_a_ray_of_ones_own_has_no_address_but_this_machines(tmp_path: Path, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("search.addresses.read_ray_address", lambda: None)
-    monkeypatch.setattr("search.cluster.ray.init", init)
+    monkeypatch.setattr("search.clusters.addresses.read_ray_address", lambda: None)
+    monkeypatch.setattr("search.clusters.cluster.ray.init", init)
     node = {"Alive": True, "Resources": {"CPU": 2.0}}
-    monkeypatch.setattr("search.cluster.ray.nodes", lambda: [node])
-    monkeypatch.setattr("search.cluster.ray.shutdown", lambda: None)
+    monkeypatch.setattr("search.clusters.cluster.ray.nodes", lambda: [node])
+    monkeypatch.setattr("search.clusters.cluster.ray.shutdown", lambda: None)
     with connected(ResourcesConfig(), 1000):
         pass
     assert seen == [("0", "127.0.0.1")]

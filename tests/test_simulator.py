@@ -22,17 +22,17 @@ from simulated import (
 from studies import config_of
 
 from search.config import SearchConfig
-from search.curve_tables import CurveTableError, read_curves
-from search.curves import CurveWorkload
-from search.hardware import Hardware
 from search.recipe import derive_seed
-from search.recorded import RecordedSpace, RecordedTableError, RecordedWorkload, read_tables, recorded_config
 from search.scheduler import StudyScheduler
-from search.simulator import simulate
+from search.simulation.curve_tables import CurveTableError, read_curves
+from search.simulation.curves import CurveWorkload
+from search.simulation.hardware import Hardware
+from search.simulation.recorded import RecordedSpace, RecordedTableError, RecordedWorkload, read_tables, recorded_config
+from search.simulation.simulator import simulate
+from search.simulation.surrogates import Column, Error
+from search.simulation.timelines import Report, Timeline, VerificationState, verification
+from search.simulation.virtual_time import Clock, History, Outcome, Simulation, VirtualTeachers
 from search.space import Space
-from search.surrogates import Column, Error
-from search.timelines import Report, Timeline, VerificationState, verification
-from search.virtual_time import Clock, History, Outcome, Simulation, VirtualTeachers
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from search.config import StoppingConfig
 from search.pareto import dominates
-from search.records import RungValues, TrialRecord, TrialResult, TrialState
-from search.resumption import expected_seconds, resumption
-from search.standings import Standings, Witnesses
-from search.stopping import agreement, hoped, judge_rung, judge_verification, place
+from search.scheduling.resumption import expected_seconds, resumption
+from search.scheduling.standings import Standings, Witnesses
+from search.scheduling.stopping import agreement, hoped, judge_rung, judge_verification, place
+from search.studies.records import RungValues, TrialRecord, TrialResult, TrialState
 
 Point = tuple[float, float]
 RUNG = "after-ramp 0"

@@ -8,9 +8,10 @@ import pytest
 from pyarrow.fs import FileSystem, _MockFileSystem
 from studies import config_of, open_study, tree, write_space
 
-from search import artifact_place, doctor, front, run
-from search.locks import LockedError, NoLocksError
-from search.mounts import current_mounts, file_system, network_file_system
+from search import doctor, front, run
+from search.artifacts import artifact_place
+from search.artifacts.locks import LockedError, NoLocksError
+from search.artifacts.mounts import current_mounts, file_system, network_file_system
 from search.storage import Storage, StorageError, check_local, stored_address
 
 

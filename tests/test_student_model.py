@@ -14,14 +14,14 @@ from test_trial import CPU, KEY, PARAMS, Fakes, Recorder, images_of
 
 from ccdist import checkpoint
 from ccdist.data import Dataset
-from search import student_model
-from search.disk_space import DiskFullError
-from search.endings import conclude_stopped
-from search.places import TrialPlaces, save_result
-from search.records import TrialResult
+from search.artifacts.disk_space import DiskFullError
+from search.artifacts.places import TrialPlaces, save_result
 from search.space import Space
-from search.student_model import PROGRAM
+from search.studies.records import TrialResult
 from search.trial import TrialTask, resume_verification, run_trial
+from search.trials import student_model
+from search.trials.endings import conclude_stopped
+from search.trials.student_model import PROGRAM
 from tracking.journal import EndRow, ModelRow, Row, read_rows
 
 pytestmark = pytest.mark.timeout(60)  # the first import of the verifier, and of what an export needs of PyTorch

@@ -15,11 +15,11 @@ from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from studies import FINGERPRINT, closed_form, config_of, empty_database, open_study, result, space_of
 
 from search.config import SearchConfig
-from search.database import sqlite_file
 from search.recipe import derive_seed
-from search.records import RungValues, TrialResult
-from search.sampling import make_sampler
+from search.studies.database import sqlite_file
+from search.studies.records import RungValues, TrialResult
 from search.study import Study, StudyError, load_record, stored_record, trial_key
+from search.suggestions.sampling import make_sampler
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -22,8 +22,8 @@ from ccdist.config import TeacherConfig, ThreatModel
 from ccdist.networks import Network, build_network
 from ccdist.training import TrainingResult
 from search import teachers
+from search.artifacts.leases import Held, Lease, Leases
 from search.errors import UserError
-from search.leases import Held, Lease, Leases
 from search.teachers import Teacher, TeacherStore, get_or_train, teacher_key
 
 # Real processes from a server that has imported all they need: a fork of pytest would carry its threads along.

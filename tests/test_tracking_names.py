@@ -13,18 +13,18 @@ from studies import config_of, open_study
 
 from ccdist.data import load_dataset
 from ccdist.training import TrainingResult, train_student
-from search.bookkeeping import close_study, study_info, tracked
+from search.artifacts.places import TrialPlaces
 from search.config import SearchConfig
-from search.endings import conclude_training_stopped
-from search.front_log import FrontLog
-from search.places import TrialPlaces
-from search.records import RungValues, TrialResult
-from search.redrawing import Redrawing
-from search.run_names import accuracies
 from search.space import Space
 from search.storage import Storage
+from search.studies.records import RungValues, TrialResult
 from search.study import Study
+from search.tracked.bookkeeping import close_study, study_info, tracked
+from search.tracked.front_log import FrontLog
+from search.tracked.redrawing import Redrawing
+from search.tracked.run_names import accuracies
 from search.trial import TrialTask, resume_verification, run_trial
+from search.trials.endings import conclude_training_stopped
 from tracking import mlflow_tracker, tracker
 from tracking.journal import STUDY_JOURNAL, ArtifactRow, EndRow, Journal, MetricsRow, StartRow, StudyRow, read_rows
 

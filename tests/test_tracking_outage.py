@@ -20,7 +20,7 @@ from test_tracking_sender import RecordingTracker
 from benchmarks.live_search import ROOT, LiveSearch, Server
 from benchmarks.tracking_outage import GOAL_MS, SLOW_S, STOPPED_S, Seen, contents, run_case, running_server
 from benchmarks.tracking_proxy import Proxy
-from search.bookkeeping import LAST_ROWS_S
+from search.tracked.bookkeeping import LAST_ROWS_S
 from tracking.journal import STUDY_JOURNAL, Journal, save_study_info
 from tracking.mlflow_tracker import MlflowTracker, local_store, open_client
 from tracking.sender import Delivery, Sender

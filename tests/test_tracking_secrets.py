@@ -18,11 +18,11 @@ from benchmarks.live_search import ROOT, LiveSearch, Server, wait_for
 from benchmarks.tracking_outage import contents, lost_rows, rows_left, running_server
 from benchmarks.tracking_proxy import Proxy, basic, bearer
 from search import run as search_run
-from search.bookkeeping import study_info
 from search.space import Space
 from search.storage import Storage, StorageError
+from search.studies.study_record import stored_config
 from search.study import Study
-from search.study_record import stored_config
+from search.tracked.bookkeeping import study_info
 from tracking.address import Address, AddressError, shown, to_open, without_secrets
 from tracking.journal import Journal, save_study_info
 from tracking.mlflow_tracker import MlflowTracker, open_client

@@ -24,18 +24,18 @@ from ccdist.data import Dataset, ImageSet, load_dataset, to_pixels
 from ccdist.networks import Network, build_network
 from ccdist.training import EpochReport, NonFiniteLossError, TrainingResult, train_student
 from ccdist.verification import accuracies, verify
-from search import endings, verifying
+from search.artifacts.disk_space import DiskFullError, StorageAwayError
+from search.artifacts.leases import Lease
+from search.artifacts.places import TrialPlaces, discard, load_result
 from search.config import StoppingConfig
-from search.disk_space import DiskFullError, StorageAwayError
-from search.endings import conclude_stopped, conclude_training_stopped, failure_reason
-from search.leases import Lease
-from search.places import TrialPlaces, discard, load_result
-from search.records import RungValues, TrialResult
-from search.reports import WaitingForTeacher
-from search.rung_values import common_order
 from search.space import Space
+from search.studies.records import RungValues, TrialResult
 from search.teachers import TeacherStore, teacher_key
 from search.trial import TrialTask, resume_verification, run_trial
+from search.trials import endings, verifying
+from search.trials.endings import conclude_stopped, conclude_training_stopped, failure_reason
+from search.trials.reports import WaitingForTeacher
+from search.trials.rung_values import common_order
 from tracking.journal import ArtifactRow, EndRow, MetricsRow, StartRow, read_rows
 
 CPU = torch.device("cpu")
@@ -710,8 +710,8 @@ def test_a_folder_that_does_not_answer_is_no_failure(
 
     with monkeypatch.context() as patch:
         patch.setattr(target, stale)
-        patch.setattr("search.disk_space.tempfile.NamedTemporaryFile", lambda dir: nullcontext(stale()))
-        patch.setattr("search.patience.time.sleep", waits.append)
+        patch.setattr("search.artifacts.disk_space.tempfile.NamedTemporaryFile", lambda dir: nullcontext(stale()))
+        patch.setattr("search.studies.patience.time.sleep", waits.append)
         with pytest.raises(StorageAwayError, match=rf"^{task.places.folder}: Stale file handle$"):
             run(task, dataset, fakes)
     assert waits == [0.1, 0.2, 0.4, 0.8]

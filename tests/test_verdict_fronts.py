@@ -16,17 +16,17 @@ from benchmarks.reports import made_study
 from ccdist.atomic_files import write_table
 from ccdist.verdicts import ATTACKS, SCHEMA, Accuracies, Verdict, accuracies
 from search import front
-from search.places import TrialPlaces
-from search.records import StudyRecord, TrialResult
-from search.study import load_record
-from search.verdict_fronts import (
+from search.artifacts.places import TrialPlaces
+from search.results.verdict_fronts import (
     DamagedVerdictsError,
     accuracies_of_counts,
     file_accuracies,
     front_from_verdicts,
     pair_counts,
 )
-from search.verifying import Spent, result_of
+from search.studies.records import StudyRecord, TrialResult
+from search.study import load_record
+from search.trials.verifying import Spent, result_of
 
 # What a ladder can decide and by which rung: attacks, members of the ensemble, bounds, branch and bound both ways.
 DECIDED = [

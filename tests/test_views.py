@@ -12,8 +12,8 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from search.bookkeeping import where_to_look
 from search.storage import Storage
+from search.tracked.bookkeeping import where_to_look
 from tracking.mlflow_tracker import MlflowTracker, local_store
 from tracking.tracker import StudyInfo
 from tracking.ui import chosen, stored_pages, welcome

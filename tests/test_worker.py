@@ -14,16 +14,16 @@ from studies import config_of, result
 
 from ccdist.data import Dataset, ImageSet
 from search import worker
+from search.artifacts.disk_space import DiskFullError, StorageAwayError
+from search.artifacts.places import TrialPlaces, save_result
+from search.artifacts.workplace import Workplace
+from search.attempts.shares import Share
 from search.config import ResourcesConfig, StoppingConfig
-from search.disk_space import DiskFullError, StorageAwayError
-from search.places import TrialPlaces, save_result
-from search.records import RungValues
-from search.reports import Reports, WaitingForTeacher
-from search.shares import Share
 from search.space import Space
+from search.studies.records import RungValues
 from search.trial import TrialTask
+from search.trials.reports import Reports, WaitingForTeacher
 from search.worker import SharedDataset, Suggestion, TuneReports, next_timeout_factor, share_of, trainable
-from search.workplace import Workplace
 
 PARAMS = {"loss": "no_distillation", "alpha": 0.5, "warm_up": 0.05, "steps": 1}
 KEY = "tiny-0003"

@@ -1,0 +1,1 @@
+"""The files of trials and teachers, in folders and in object stores."""

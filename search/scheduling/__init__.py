@@ -1,0 +1,1 @@
+"""Who runs, who waits and who is stopped: pure rules over arrays."""

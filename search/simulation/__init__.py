@@ -1,0 +1,1 @@
+"""The same searcher and scheduler in virtual time."""

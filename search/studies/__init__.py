@@ -1,0 +1,1 @@
+"""What is stored of a study, who may write it, and whether it agrees with itself."""

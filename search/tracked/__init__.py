@@ -1,0 +1,1 @@
+"""What a tracking service is told of a study."""
