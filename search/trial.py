@@ -213,7 +213,7 @@ class _Trial:
             return found
 
         def train_from(state: Path) -> TrainingResult:
-            return train(
+            result = train(
                 self.dataset,
                 recipe.threat,
                 recipe.teacher,
@@ -221,6 +221,8 @@ class _Trial:
                 state_path=state,
                 on_epoch=self._log,
             )
+            self._log.complete("teacher", result.history)
+            return result
 
         return store.train(found, train_from)
 

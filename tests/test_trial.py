@@ -92,6 +92,10 @@ class Recorder:
             raise SystemExit(0)
 
 
+class Killed(BaseException):
+    """In the place of a signal."""
+
+
 class Fakes:
     """Trainings that take no time, and how often each was asked for."""
 
@@ -391,9 +395,6 @@ def test_a_students_last_epoch_is_not_trained_twice(tmp_path: Path) -> None:
     digits = load_dataset(DataConfig(name="digits", train_images=96, validation_images=32))
     epochs: list[int] = []
 
-    class Killed(BaseException):
-        pass
-
     def die_in_the_second_epoch(*args: Any, **kwargs: Any) -> TrainingResult:
         inner = kwargs.pop("on_epoch")
 
@@ -419,6 +420,35 @@ def test_a_students_last_epoch_is_not_trained_twice(tmp_path: Path) -> None:
     assert result.certified_upper == whole.certified_upper
     metrics = [row for row in journal_rows(task) if isinstance(row, MetricsRow)]
     assert [row.step for row in metrics] == [1, 2, 3]
+
+
+def curve(task: TrialTask, name: str) -> dict[int, float | None]:
+    rows = [row for row in journal_rows(task) if isinstance(row, MetricsRow) and name in row.values]
+    assert len({row.step for row in rows}) == len(rows), "a step was told twice"
+    return {row.step: row.values[name] for row in rows}
+
+
+def test_an_epoch_killed_before_its_row_is_told_later(tmp_path: Path, digits: Dataset) -> None:
+    """The state of an epoch is stored first; whoever goes on from it finds the epoch's metrics there."""
+    whole, task = digits_task(tmp_path / "whole"), digits_task(tmp_path / "cut")
+    run_trial(whole, digits, device=CPU, reports=Recorder())
+    deaths = {2, 6}  # in mid-training, and after the last epoch
+
+    def train(*args: Any, on_epoch: Callable[[EpochReport], None], **kwargs: Any) -> TrainingResult:
+        def told(report: EpochReport) -> None:
+            if report.epoch in deaths:
+                deaths.remove(report.epoch)
+                raise Killed
+            on_epoch(report)
+
+        return train_student(*args, on_epoch=told, **kwargs)
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run_trial(task, digits, device=CPU, reports=Recorder(), train_student_fn=train)
+    run_trial(task, digits, device=CPU, reports=Recorder(), train_student_fn=train)
+    assert curve(task, "student/loss") == curve(whole, "student/loss")
+    assert sorted(curve(task, "student/loss")) == [1, 2, 3, 4, 5, 6]
 
 
 def digits_task(folder: Path, **changes: Any) -> TrialTask:

@@ -201,6 +201,11 @@ class Journal:
         if finite := _storable(values):
             self.write("metrics", step=step, values=finite)
 
+    def steps(self, name: str) -> set[int]:
+        """The steps at which a value was measured, by this process or one before it."""
+        rows = (line.row for line in read_rows(self.path)[0])
+        return {row.step for row in rows if isinstance(row, MetricsRow) and name in row.values}
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """A file or directory that is complete and will stay where it is."""
         self.write("artifact", path=self._relative(path), folder=folder)

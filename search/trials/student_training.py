@@ -1,7 +1,7 @@
 """The training of a trial's student, with the rungs on its way."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from ccdist.config import StudentConfig, ThreatModel
 from ccdist.data import Dataset, num_batches, to_pixels
 from ccdist.networks import Network, build_network
 from ccdist.training import EpochReport, OtherTrainingError, TrainingResult
+from ccdist.training_loop import Phase
 from ccdist.verification import quick_accuracies
 from search.artifacts.places import TrialPlaces
 from search.config import StoppingConfig
@@ -41,7 +42,7 @@ class EpochLog:
 
     def __call__(self, report: EpochReport, stage: str | None = None) -> None:
         """Tell one epoch; stage: the rung that a shortened recipe leads to, None: it is the whole recipe."""
-        prefix = report.phase if stage is None else f"{report.phase}_{stage.replace('/', '_')}"
+        prefix = _prefix(report.phase, stage)
         values = {f"{prefix}/{name}": value for name, value in report.metrics.items()}
         if report.phase == "student" and stage is None and self._probe is not None:
             standard, certified = quick_accuracies(report.network, *self._probe, self._threat)
@@ -54,6 +55,14 @@ class EpochLog:
         phase = report.phase if stage is None else f"{report.phase} {stage}"
         self._reports.advanced(phase, report.epoch, report.epochs)
 
+    def complete(self, phase: Phase, history: Sequence[Mapping[str, float]], stage: str | None = None) -> None:
+        """Add the epochs that a kill kept from being told: a training saves its state, with their metrics, before."""
+        prefix = _prefix(phase, stage)
+        known = self._journal.steps(f"{prefix}/epoch_seconds")
+        for epoch, metrics in enumerate(history, 1):
+            if epoch not in known:
+                self._journal.metrics(epoch, {f"{prefix}/{name}": value for name, value in metrics.items()})
+
     def rung(self, name: str, epoch: int, values: RungValues) -> None:
         """The rung at the end of an epoch: of the whole recipe's, or of a shortened one's last."""
         self._journal.metrics(
@@ -65,6 +74,10 @@ class EpochLog:
             },
         )
         self._reports.rung(name, values)
+
+
+def _prefix(phase: Phase, stage: str | None) -> str:
+    return phase if stage is None else f"{phase}_{stage.replace('/', '_')}"
 
 
 @dataclass
@@ -106,6 +119,7 @@ class StudentTraining:
             for name, config in stages(self.recipe.student).items():
                 self._stage(name, config)
         trained = self._whole()
+        self.log.complete("student", trained.history)
         seconds = trained.seconds + self.other_seconds
         metadata = {
             "key": self.key,
@@ -167,6 +181,7 @@ class StudentTraining:
             return
         state = self.places.stages / name.replace("/", "-") / "state.safetensors"
         trained = self._train(config, state, lambda report: self.log(report, name))
+        self.log.complete("student", trained.history, name)
         self.other_seconds += trained.seconds
         self._pass(name, config.epochs, trained.network)
         state.unlink(missing_ok=True)
