@@ -4,7 +4,7 @@
 
     lock          every line of requirements.lock, and of the locks of docs/clusters, is NAME==VERSION with SHA-256
                   hashes: no address, repository or folder
-    environment   the installed packages are those of the lock, no more and no fewer
+    environment   the installed packages are those of the lock, no more and no fewer; a cloud's may be there too
     advisories    none of these versions is named by the OSV database, asked by pip-audit
 
 Exit code: 0 nothing was found, 1 something was. Without a network the advisories cannot be asked for: that is said, and
@@ -66,15 +66,17 @@ def read_lock(text: str) -> tuple[list[Pin], list[str]]:
     return pins, wrong
 
 
-def differences(pins: Sequence[Pin], installed: dict[str, str]) -> list[str]:
-    """How an environment differs from the lock."""
+def differences(pins: Sequence[Pin], further: Sequence[Pin], installed: dict[str, str]) -> list[str]:
+    """How an environment differs from the lock; what further locks name may be there too, at their versions."""
     wanted = {pin.name: pin.version for pin in pins if pin.is_for_here}
     found = [
         f"{name} {version} is locked, {installed[name]} is installed" if name in installed else f"{name} is missing"
         for name, version in wanted.items()
         if installed.get(name) != version
     ]
-    return found + [f"{name} is not in the lock" for name in sorted(installed.keys() - wanted.keys() - {OWN})]
+    others = sorted(installed.keys() - wanted.keys() - {OWN})
+    allowed = {(pin.name, pin.version) for pin in further}
+    return found + [f"{name} is not in the lock" for name in others if (name, installed[name]) not in allowed]
 
 
 def installed_packages() -> dict[str, str]:
@@ -119,9 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     strict = os.environ.get("AUDIT_STRICT") == "1"
     pins, wrong = read_lock(options.lock.read_text())
-    different = differences(pins, installed_packages())
-    for further in options.further:
-        wrong += read_lock(further.read_text())[1]
+    further: list[Pin] = []
+    for path in options.further:
+        more, wrong_there = read_lock(path.read_text())
+        further, wrong = further + more, wrong + wrong_there
+    different = differences(pins, further, installed_packages())
     known, unasked = advisories([options.lock, *options.further], options.uv)
     for heading, findings in (("lock", wrong), ("environment", different), ("advisories", known)):
         for finding in findings:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.live_search import LiveSearch, Server, wait_for
+from benchmarks.live_search import SMALL_TRIALS, LiveSearch, Server, wait_for
 from ccdist.config import fingerprint
 from search.pareto import front
 from search.studies.records import StudyRecord
@@ -34,14 +34,7 @@ TARGETS = ("driver", "worker", "worker", "server")
 TRIALS, KILLS_A_ROUND = 8, 25
 LONGEST_DELAY_S, LONGEST_START_S = 4.0, 30.0
 RERUNS_A_ROUND = 5
-SETTINGS = (
-    "resources.concurrency=2",
-    "network.width=32",
-    "data.train_images=600",
-    "data.validation_images=80",
-    "teacher.epochs=2",
-    "student.epochs=16",
-)
+SETTINGS = ("resources.concurrency=2", *SMALL_TRIALS)
 OF_KIND = {
     "independent": ("search.sampler=random", "stopping={training: off, verification: true}"),
     "tpe": ("search.sampler={kind: tpe, startup_trials: 4}",),

@@ -18,6 +18,15 @@ from typing import IO
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 240.0
+# Trials of about two seconds: long enough to be killed in the middle, short enough to be many.
+EPOCHS = 16
+SMALL_TRIALS = (
+    "network.width=32",
+    "data.train_images=600",
+    "data.validation_images=80",
+    "teacher.epochs=2",
+    f"student.epochs={EPOCHS}",
+)
 # A search of this shape must not follow what the caller's shell says about other searches.
 FOREIGN_VARIABLES = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "CCDIST_DATA_DIR")
 
@@ -28,8 +37,16 @@ class Process:
     title: str
 
 
-def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+def wait_for(
+    condition: Callable[[], bool],
+    what: str,
+    patience_s: float = PATIENCE_S,
+    said: Callable[[], str] | None = None,
+) -> None:
     """Wait until something is so.
+
+    Args:
+        said: what whoever is waited for has printed.
 
     Raises:
         TimeoutError: it is not so after `patience_s`.
@@ -37,7 +54,8 @@ def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIE
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {patience_s:g} s in vain until {what}")
+            told = "" if said is None else f"; it said: {said()}"
+            raise TimeoutError(f"waited {patience_s:g} s in vain until {what}{told}")
         time.sleep(0.02)
 
 

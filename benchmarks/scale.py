@@ -7,14 +7,14 @@ PART is one of
 
     driver      searcher, scheduler, study and front log, as Tune's loop calls them   (benchmarks.scale_driver)
     simulation  a whole search in virtual time                                        (benchmarks.scale_simulation)
-    tune        Ray Tune's own loop, with as many actors as --actors                  (benchmarks.scale_tune)
+    tune        Ray Tune's own loop, with --actors, and its choice among --slots      (benchmarks.scale_tune)
     database    SQLite and PostgreSQL, and the samplers                               (benchmarks.scale_database)
     tracking    a real `mlflow server`, by the search's own sender                    (benchmarks.scale_tracking)
     store       artefacts on a disk and in an S3 server                               (benchmarks.scale_store)
     reports     page, figures and tables                                              (benchmarks.scale_reports)
 
 Each line is the median of n repeats, with the lowest and the highest. `summary` reads files of --json and says, for the
-load that it states, what share of its time each part is busy: at 100 % it is saturated.
+load that it states, what share of its time each part is busy: at 100 % it is full.
 """
 
 import argparse
@@ -75,7 +75,8 @@ class Share:
     busy: float  # seconds each second
 
     def line(self, slots: int) -> str:
-        room = f"saturated at {slots / self.busy:,.0f} trials at once" if self.busy > 0 else ""
+        # No more than two digits: medians of few repeats, and the share need not grow as the trials do.
+        room = f"full at about {float(f'{slots / self.busy:.2g}'):,.0f} trials at once" if self.busy > 0 else ""
         return f"{self.busy:9.1%}  {self.what:<58} {self.size:>8,}  {room}"
 
 
@@ -97,6 +98,7 @@ def _demands(load: Load) -> Iterator[tuple[str, list[tuple[tuple[str, str], floa
     """What each part is asked for: the thing measured, and how often a second."""
     trials, reports = load.trials_per_s, load.reports_per_s
     own = [
+        ("idle", reports),  # Tune asks for a trial at each of its steps, which are reports for the most part
         ("report", reports * (1 - load.verifying)),
         ("verifying", reports * load.verifying),
         ("rung", trials * load.rungs),
@@ -104,10 +106,11 @@ def _demands(load: Load) -> Iterator[tuple[str, list[tuple[tuple[str, str], floa
         ("end", trials),
     ]
     yield "driver's loop, our calls", [(("driver", name), times) for name, times in own]
-    yield "driver's loop, Tune's own", [(("tune", "report through Tune's loop"), reports)]
+    steps = ("report through Tune's loop", "choice among the calls of all")
+    yield "driver's loop, Tune's own", [(("tune", step), reports) for step in steps]
     for database in ("SQLite", "PostgreSQL"):
-        steps = ("store", "start", "rungs", "tell")
-        yield f"study in {database}", [(("database", f"{database}: {step}"), trials) for step in steps]
+        writes = ("store", "start", "rungs", "tell")
+        yield f"study in {database}", [(("database", f"{database}: {write}"), trials) for write in writes]
         rows = [
             (("tracking", f"{database}: trial"), trials),
             (("tracking", f"{database}: epoch"), load.epochs * trials),
@@ -124,7 +127,12 @@ def _demands(load: Load) -> Iterator[tuple[str, list[tuple[tuple[str, str], floa
 
 def run(part: str, args: argparse.Namespace) -> Iterator[Measured]:
     """Measure one part, at each size."""
-    for size in args.actors if part == "tune" else args.trials:
+    if part == "tune":
+        from benchmarks import scale_tune
+
+        yield from scale_tune.measure(args.actors, args.slots, args.seconds, args.repeats)
+        return
+    for size in args.trials:
         yield from _measure(part, size, args)
 
 
@@ -138,10 +146,6 @@ def _measure(part: str, size: int, args: argparse.Namespace) -> list[Measured]:
         from benchmarks import scale_simulation
 
         return scale_simulation.measure(args.space, size, args.slots)
-    if part == "tune":
-        from benchmarks import scale_tune
-
-        return scale_tune.measure(size, args.seconds)
     if part == "database":
         from benchmarks import scale_database
 
@@ -164,7 +168,7 @@ def summary(load: Load, files: Sequence[Path], tell: Callable[[str], None]) -> N
         Measured(**{**each, "values": tuple(each["values"])}) for file in files for each in json.loads(file.read_text())
     ]
     tell(str(load))
-    tell(f"{'busy':>9}  {'part':<58} {'measured at':>11}")
+    tell(f"{'busy':>9}  {'part':<58} {'measured at':>11}  both extrapolated from there")
     for share in shares(load, found):
         tell(share.line(load.slots))
 

@@ -10,15 +10,16 @@ PostgreSQL runs here without fsync, as in the tests: what is measured is the dri
 commit to a server's disk is to be added. SQLite's commits are on the disk.
 """
 
+import secrets
 import sqlite3
 import tempfile
 from collections import deque
 from pathlib import Path
 
 from benchmarks.bookkeeping import FINGERPRINT, Stopwatch, one_trial
+from benchmarks.postgres_server import running_postgres
 from benchmarks.scale_driver import config_of, filled
 from benchmarks.scale_measure import Measured, apart, measured, timed
-from benchmarks.scale_servers import running_postgres
 from search.config import SearchConfig
 from search.space import Space
 from search.studies.database import open_storage, postgres_url
@@ -41,9 +42,9 @@ def measure(space: str, trials: int, repeats: int, *, postgres: bool) -> list[Me
         megabytes = (folder / "study.db").stat().st_size / 2**20
         found = [measured(PART, "SQLite: size", trials, [megabytes], "MB")]
         if postgres:
-            with running_postgres() as server:
-                found += apart(_copied, config, folder / "study.db", server, trials)
-                found += apart(_driven, config, server, "PostgreSQL", trials, repeats)
+            with running_postgres(secrets.token_hex()) as server:
+                found += apart(_copied, config, folder / "study.db", server.url(), trials)
+                found += apart(_driven, config, server.url(), "PostgreSQL", trials, repeats)
         found += apart(_driven, config, url, "SQLite", trials, repeats)
         found += apart(_suggested, space, url, trials, repeats)
     return found

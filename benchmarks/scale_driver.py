@@ -6,7 +6,7 @@ trials RUNNING as there are slots and so many finished ones in the study before 
     report      a RUNNING report of a trial, as each sends at most once in `search.trials.verifying.REPORT_INTERVAL_S`
     verifying   a report of a verification, which is judged against all results
     rung        a report at a rung, which is stored and judged
-    idle        Tune asks for a trial and no slot is free, as it does between reports
+    idle        Tune asks for a trial and no slot is free, as it does after each report
     start       the next trial: suggested (at random: samplers are measured by `database`), stored, started
     end         a trial has its result: told to the study, the front and the journal
 """
@@ -33,8 +33,7 @@ from search.scheduler import StudyScheduler
 from search.scheduling.budget import Budget
 from search.scheduling.waiting import TeacherQueue
 from search.searcher import StudySearcher
-from search.simulation.simulator import NoFiles
-from search.simulation.virtual_time import TrialStub, VirtualTeachers
+from search.simulation.virtual_time import TrialStub, VirtualFiles, VirtualTeachers
 from search.space import Space
 from search.study import Assignment, Study
 from search.suggestions.asking import Asker
@@ -87,7 +86,7 @@ class Loop:
             study,
             Budget(config.budget, config.resources, study.trials),
             lambda: slots,
-            NoFiles(),
+            VirtualFiles(),
             Listeners([progress, self.front_log]),
             self.scheduler,
             Asker.of(config.search.sampler.kind),
@@ -104,6 +103,7 @@ class Loop:
             return False
         key = json.loads(config["trial"])["key"]
         self.trials[key] = TrialStub(trial_id, config)
+        self.searcher.on_trial_start(trial_id)
         return True
 
     def report(self, key: str, **content: Any) -> None:

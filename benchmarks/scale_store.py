@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from benchmarks.s3_server import ENVIRONMENT, s3_server
 from benchmarks.scale_measure import Measured, apart, timed
 from search.artifacts import remote_files
 from search.artifacts.artifact_place import ArtifactPlace
@@ -37,8 +38,6 @@ def _place(kind: str, folder: Path) -> Iterator[str]:
     if kind == "disk":
         yield f"file://{folder}/store"
         return
-    from tests.s3_server import ENVIRONMENT, s3_server
-
     os.environ |= ENVIRONMENT
     with s3_server() as server:
         yield server.uri("scale")

@@ -9,12 +9,14 @@
 The server has the two processes of `make ui`; its store is an SQLite file, or a PostgreSQL server without fsync.
 """
 
+import secrets
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
+from benchmarks.postgres_server import running_postgres
 from benchmarks.scale_measure import Measured, apart, timed
-from benchmarks.scale_servers import running_mlflow, running_postgres
+from benchmarks.scale_servers import running_mlflow
 from tracking.journal import Journal, save_study_info
 from tracking.sender import Delivery
 from tracking.tracker import NullTracker, StudyInfo
@@ -30,8 +32,8 @@ def measure(runs: int, repeats: int, *, postgres: bool) -> list[Measured]:
     """Both stores with so many runs, in processes of their own, and the sender alone."""
     found = list(apart(_idle, 10 * runs, repeats))
     for database in ("SQLite", *(["PostgreSQL"] if postgres else [])):
-        with running_postgres() if database == "PostgreSQL" else nullcontext(None) as store:
-            found += apart(_sent, database, store, runs, repeats)
+        with running_postgres(secrets.token_hex()) if database == "PostgreSQL" else nullcontext(None) as server:
+            found += apart(_sent, database, None if server is None else server.url(), runs, repeats)
     return found
 
 

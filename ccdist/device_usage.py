@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 _PROC = Path("/proc")
-# Memory of a control group (cgroup v2), as containers and Slurm limit it.
-_GROUP = Path("/sys/fs/cgroup")
+# Control groups, by which containers, Slurm and systemd limit memory.
+_GROUPS = Path("/sys/fs/cgroup")
 _SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.used,utilization.gpu", "--format=csv,noheader,nounits")
 _SMI_TIMEOUT_S = 10
 _MIB = 2**20
@@ -21,7 +21,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of this machine, or of the control group that this process lies in, whichever is less."""
+    """Bytes of this machine, or of the tightest of the control groups around this process, whichever is less."""
 
     total: int
     free: int  # what processes can still take, caches of files given up
@@ -92,11 +92,27 @@ def host_memory() -> HostMemory:
     page = os.sysconf("SC_PAGE_SIZE")
     total = _field(_PROC / "meminfo", "MemTotal") or os.sysconf("SC_PHYS_PAGES") * page
     free = _field(_PROC / "meminfo", "MemAvailable") or os.sysconf("SC_AVPHYS_PAGES") * page
-    limit = _number(_GROUP / "memory.max")
-    if limit is None or limit >= total:
-        return HostMemory(total, free)
-    held = _number(_GROUP / "memory.current") or 0
-    return HostMemory(limit, max(0, min(free, limit - held)))
+    for limit, held in _limits():
+        total, free = min(total, limit), min(free, limit - held)
+    return HostMemory(total, max(0, free))
+
+
+def _limits() -> Iterator[tuple[int, int]]:
+    """What the control groups around this process may hold, and what they do; without caches of files, which the
+    system gives up before it kills anybody. Of both versions; a group that a container does not see says nothing."""
+    for line in _lines(_PROC / "self" / "cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            root, names = _GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root, names = _GROUPS / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = Path(path.lstrip("/"))
+        for group in (root / each for each in (own, *own.parents)):
+            if (limit := _number(group / names[0])) is not None:
+                caches = [int(told.split()[1]) for told in _lines(group / "memory.stat") if told.startswith(names[2])]
+                yield limit, max(0, (_number(group / names[1]) or 0) - sum(caches))
 
 
 def gpus(ids: str | None = None) -> list[Gpu]:
@@ -133,12 +149,15 @@ def _device_peak(device: torch.device) -> int:
 
 def _field(file: Path, name: str) -> int | None:
     """Bytes of a field in kilobytes of a file of /proc; None where there is none."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    found = [line.split()[1] for line in _lines(file) if line.startswith(f"{name}:")]
     return int(found[0]) * 1024 if found else None
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []
 
 
 def _number(file: Path) -> int | None:

@@ -26,7 +26,15 @@ class YamlFileError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, except that no key may stand twice: there the last one would win, unseen."""
+    """PyYAML's safe loader, but for tags, on which it stumbles, and keys that stand twice: there the last would win."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if (tag := getattr(event, "tag", None)) is not None:
+            line = event.start_mark.line + 1
+            raise yaml.MarkedYAMLError(problem=f"tag {tag[:60]} in line {line} is not allowed; write the value alone")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         # Before merge keys (<<) are resolved: a value that overrides a merged one is no mistake.

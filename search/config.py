@@ -4,7 +4,6 @@ A space file is YAML. `network`, `teacher` and `student` are the configurations 
 value may be a range (see `search.space`); everything else is fixed.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +33,10 @@ KIND = "space file"
 OPEN_TO_CHANGE = ("sampler", "seeds")
 # Resources of Ray's that a trial has fields for.
 RAYS_OWN = {"cpu": "cpu", "gpu": "gpu", "memory": "memory_gb"}
+# Others of its own: a trial cannot hold room in the object store, and computes on none of these accelerators.
+_NOT_HELD = {"object_store_memory", "furiosa", "hpu", "mblt", "neuron_cores", "npu", "rbln", "tpu", "ttnpu"}
+# Ray counts in these steps.
+_LEAST_AMOUNT = 0.0001
 StudyKind = Literal["study", "confirmation"]
 
 
@@ -167,7 +170,7 @@ class ResourcesConfig(Config):
     cpu: float = Field(1.0, ge=0.001, description="cores of a trial; Ray counts to four decimals")
     gpu: float = Field(0.0, ge=0, description="0.25 packs four trials on a GPU")
     memory_gb: float | None = Field(
-        None, gt=0, description="host memory that Ray keeps for a trial, GiB; None: none is kept"
+        None, ge=0.001, description="host memory that Ray keeps for a trial, GiB; None: none is kept"
     )
     custom: dict[str, float] = Field(
         default_factory=dict, description="Ray's custom resources of a trial, such as {vram_gb: 12}"
@@ -187,13 +190,17 @@ class ResourcesConfig(Config):
         for name, amount in value.items():
             if name.lower() in RAYS_OWN:
                 raise ValueError(f"{name} has a field of its own: resources.{RAYS_OWN[name.lower()]}")
-            if not 0 < amount < math.inf:
-                raise ValueError(f"{name}: {amount}; expected a number above 0")
+            if not name.strip() or name.lower() in _NOT_HELD:
+                raise ValueError(f"{name!r} is no resource that a trial can hold; expected a name of your own")
+            if amount < _LEAST_AMOUNT:
+                raise ValueError(f"{name}: {amount}; expected a number above 0, at least {_LEAST_AMOUNT}")
         return value
 
     @field_validator("gpu")
     @classmethod
-    def _whole_above_one(cls, value: float) -> float:
+    def _fraction_or_whole(cls, value: float) -> float:
+        if 0 < value < _LEAST_AMOUNT:
+            raise ValueError(f"{value} GPUs for a trial; expected 0, or at least {_LEAST_AMOUNT}: Ray counts no less")
         if value > 1 and value != int(value):
             raise ValueError(f"{value} GPUs for a trial; above 1 only whole GPUs can be held")
         return value

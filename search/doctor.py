@@ -2,7 +2,8 @@
 
     python -m search.doctor --cluster SPACE     looks at the cluster that a search would run on, before it starts
 
-Exit codes: 0 all is well, or was repaired; 1 something is left; 2 there is no such study, space or cluster.
+Exit codes: 0 all is well, or was repaired; 1 something is left; 2 there is no such study, space or cluster; 130 stopped
+by Ctrl-C.
 """
 
 import argparse
@@ -11,7 +12,6 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from ccdist.checkpoint import CorruptCheckpointError
 from search.artifacts.locks import LockedError
@@ -19,14 +19,14 @@ from search.artifacts.mirror import whole
 from search.config import find_space_file, load_search_config
 from search.errors import UserError, check_seconds
 from search.space import Space
-from search.storage import DEFAULT_STORAGE, Storage, artifacts_of, default_study_url, stored_address
+from search.storage import DEFAULT_STORAGE, Storage, place_of
 from search.studies.checkup import Checkup, check_database
 from search.studies.consistency import Finding
-from search.studies.database import StudyError, sqlite_file
+from search.studies.database import StudyError, missing_file, sqlite_file
 from search.studies.records import StudyRecord
 from search.study import load_record
 
-OK, LEFT, BAD_INPUT = 0, 1, 2
+OK, LEFT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 # Of the measurement of a trial on a node.
 CLUSTER_SECONDS = 120.0
 # A repair may show what was hidden before: rows that were not sent hide what else the runs lack.
@@ -39,10 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.cluster:
             return examine_cluster(args)
         _refuse_options(args, ("set", "address"), "belongs to --cluster")
-        return examine(*_place(args), repair=args.repair, mlflow=not args.no_mlflow)
+        storage, study = place_of(args.study, args.storage, args.study_url, args.artifacts)
+        return examine(storage, study, repair=args.repair, mlflow=not args.no_mlflow)
     except (UserError, CorruptCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
 
 
 def examine(storage: Storage, study: str, *, repair: bool, mlflow: bool = True) -> int:
@@ -54,13 +58,18 @@ def examine(storage: Storage, study: str, *, repair: bool, mlflow: bool = True) 
     Raises:
         UserError, CorruptCheckpointError: there is no such study, or its artefacts cannot be read.
     """
+    if (missing := missing_file(storage.study_url)) is not None:
+        raise StudyError(f"there is no study database {missing}; name its --storage, or its --study-url")
     database = sqlite_file(storage.study_url)
     if database is not None:
-        if not database.is_file():
-            raise StudyError(f"there is no study database {database}; name its --storage, or its --study-url")
         damage = check_database(database)
         if damage:
             return _tell(study, damage, [])
+    if repair and storage.artifacts_uri is not None:
+        raise StudyError(
+            f"the artefacts of {study} are in {storage.artifacts_uri}, where nothing is repaired yet; look without "
+            "--repair, and run search.run again: it writes anew what a trial lacks"
+        )
     record = partial(load_record, storage.study_url, study)
     print(_summary(record()))
     with ExitStack() as stack:
@@ -72,11 +81,6 @@ def examine(storage: Storage, study: str, *, repair: bool, mlflow: bool = True) 
             storage.pull(study, whole)
         else:
             storage.pull(study, whole)
-        if repair and storage.artifacts_uri is not None:
-            raise StudyError(
-                f"the artefacts of {study} are in {storage.artifacts_uri}, where nothing is repaired yet; look without "
-                "--repair, and run search.run again: it writes anew what a trial lacks"
-            )
         checkup = Checkup(storage, study, record, live=driver is not None, mlflow=mlflow)
         before = checkup.findings()
         if driver is not None:
@@ -137,19 +141,6 @@ def _summary(record: StudyRecord) -> str:
     states = Counter(trial.state for trial in record.trials)
     told = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     return f"study {record.name}: {len(record.trials)} trials ({told})"
-
-
-def _place(args: argparse.Namespace) -> tuple[Storage, str]:
-    """The storage and the study's name, from a space file or from a name and folders."""
-    path = Path(args.study)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        config = load_search_config(path)
-        return Storage.of(config, args.storage), config.study_name
-    folder = Path(args.storage or DEFAULT_STORAGE).resolve()
-    study_url = args.study_url or default_study_url(folder)
-    address = stored_address(study_url, args.study) if not args.artifacts and not args.storage else None
-    artifacts, uri = artifacts_of(args.artifacts or address, folder)
-    return Storage(folder, study_url, artifacts, None, uri), args.study
 
 
 def _parser() -> argparse.ArgumentParser:

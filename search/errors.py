@@ -4,6 +4,11 @@
 _MOST_SECONDS = 86_400.0
 
 
+def one_line(error: BaseException) -> str:
+    """What went wrong, by its type: errors of libraries often have several lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 class UserError(ValueError):
     """What was asked for cannot be done; the text is one line: what came, what was expected, what to do."""
 

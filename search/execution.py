@@ -58,6 +58,24 @@ class Outcome:
     where: str | None
 
 
+@dataclass(frozen=True)
+class _Driver:
+    """What one driver works with.
+
+    lock: its own; should another driver have had it, the search ends.
+    before: the study as it was found.
+    """
+
+    study: Study
+    storage: Storage
+    dataset: Dataset
+    shared: SharedDataset  # of `dataset`
+    cluster: Cluster
+    console: Console
+    lock: DriverLock
+    before: StudyRecord
+
+
 def execute(
     config: SearchConfig,
     space: Space,
@@ -101,7 +119,7 @@ def execute(
             storage.following(config.study_name),
         ):
             try:
-                searcher = _fit(study, storage, cluster, shared, console, before, dataset.fingerprint, lock)
+                searcher = _fit(_Driver(study, storage, dataset, shared, cluster, console, lock, before))
             except BaseException:
                 _close(study.record(), storage, "KILLED", lock, close)
                 raise
@@ -125,79 +143,67 @@ def _close(
         (close or close_study)(record, storage, status)
 
 
-def _fit(
-    study: Study,
-    storage: Storage,
-    cluster: Cluster,
-    shared: SharedDataset,
-    console: Console,
-    before: StudyRecord,
-    fingerprint: str,
-    lock: DriverLock,
-) -> StudySearcher:
+def _fit(driver: _Driver) -> StudySearcher:
     """Run Ray Tune until the searcher has nothing more to suggest, or Ctrl-C."""
+    study, storage = driver.study, driver.storage
     with watched() as errors, tempfile.TemporaryDirectory(prefix="ccdist-tune-") as scratch:
-        progress, front_log = _shown(study, storage, console, before), _front_log(study, storage, lock)
+        progress, front_log = _shown(driver), _front_log(driver)
         scheduler = StudyScheduler(study, cause=errors.cause, leave=Leaving())
         searcher = StudySearcher(
             study,
             Budget(study.config.budget, study.config.resources, study.trials),
-            cluster.slots,
+            driver.cluster.slots,
             TrialFiles(storage.artifacts, study.config.study_name, storage.mirror(study.config.study_name)),
             Listeners([progress, front_log]),
             scheduler,
             Asker.of(study.config.search.sampler.kind),
-            TeacherQueue(partial(_teacher_of, study, fingerprint), TeacherStore.of(storage.teachers)),
-            lock.still_held,
+            TeacherQueue(partial(_teacher_of, study, driver.dataset.fingerprint), TeacherStore.of(storage.teachers)),
+            driver.lock.still_held,
             Roomiest(study.config.resources),
             partial(ids_on, study.config.resources),
         )
-        tuner = _tuner(study.config, storage, shared, searcher, scheduler, scratch)
+        tuner = _tuner(driver, searcher, scheduler, scratch)
         with progress, front_log, _quick_collections():
             tuner.fit()
     if scheduler.error is not None:
-        console.print(f"warning: {scheduler.error}", highlight=False, markup=False, soft_wrap=True)
+        driver.console.print(f"warning: {scheduler.error}", highlight=False, markup=False, soft_wrap=True)
     return searcher
 
 
-def _shown(study: Study, storage: Storage, console: Console, before: StudyRecord) -> Progress:
+def _shown(driver: _Driver) -> Progress:
     """The live table."""
+    config, before = driver.study.config, driver.before
     results = {trial.key: trial.objectives for trial in before.complete if trial.objectives is not None}
     return Progress(
-        console,
-        study.config.budget.trials,
+        driver.console,
+        config.budget.trials,
         before.reference,
         results,
         num_stopped=len(before.done) - len(before.complete),
         # Of a confirmation's trials none is on a front: their means are.
-        shows_front=study.config.kind == "study",
+        shows_front=config.kind == "study",
     )
 
 
-def _front_log(study: Study, storage: Storage, lock: DriverLock) -> FrontLog:
+def _front_log(driver: _Driver) -> FrontLog:
     """What MLflow is told while the search goes on."""
+    study, storage = driver.study, driver.storage
     journal = storage.journals(study.config.study_name) / STUDY_JOURNAL
     redrawing = Redrawing(lambda record: draw(record, storage.study_folder(record.name)))
-    return FrontLog(journal, study, redrawing, lock.still_held)
+    return FrontLog(journal, study, redrawing, driver.lock.still_held)
 
 
-def _tuner(
-    config: SearchConfig,
-    storage: Storage,
-    shared: SharedDataset,
-    searcher: StudySearcher,
-    scheduler: StudyScheduler,
-    scratch: str,
-) -> tune.Tuner:
+def _tuner(driver: _Driver, searcher: StudySearcher, scheduler: StudyScheduler, scratch: str) -> tune.Tuner:
     """Ray Tune around the searcher. Its own files are scratch: the study is the truth, and nothing is restored."""
     # With a searcher of one's own Tune starts one worker after the other unless told otherwise. How many there are at
     # once is the searcher's to say, since it changes while Tune runs.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(sys.maxsize)
     keys_stay_here()
+    config = driver.study.config
     bound = tune.with_parameters(
         trainable,
-        workplace=storage.workplace(config.study_name),
-        shared=shared,
+        workplace=driver.storage.workplace(config.study_name),
+        shared=driver.shared,
         resources=config.resources,
         stopping=config.stopping,
         exports=config.tracking.enabled and config.tracking.models,

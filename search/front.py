@@ -1,7 +1,8 @@
 """python -m search.front STUDY: the front as a table and an HTML report, from what is stored, at any time.
 
 With --from-verdicts the front is counted anew from the proofs of single images, and compared with what the study says.
-Exit codes: 0; 1 the verdicts say otherwise than the study, or some are missing; 2 there is no such study.
+Exit codes: 0; 1 the verdicts say otherwise than the study, or some are missing; 2 there is no such study; 130 stopped
+by Ctrl-C.
 """
 
 import argparse
@@ -14,21 +15,13 @@ from rich.console import Console
 
 from ccdist.checkpoint import CorruptCheckpointError
 from search.artifacts.mirror import verdicts
-from search.config import load_search_config
 from search.errors import UserError
 from search.results.report import SHOWN_MEMBERS, front_json, front_table
-from search.storage import (
-    DEFAULT_STORAGE,
-    Storage,
-    StorageError,
-    artifacts_of,
-    default_study_url,
-    stored_address,
-)
+from search.storage import DEFAULT_STORAGE, StorageError, place_of
 from search.studies.records import StudyRecord
 from search.study import load_record
 
-OK, DIFFERENT, BAD_INPUT = 0, 1, 2
+OK, DIFFERENT, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from search.clusters.detached import front_there  # Ray takes seconds to import
 
             return front_there(args)
-        storage, name = _place(args)
+        storage, name = place_of(args.study, args.storage, args.study_url, args.artifacts)
         record = load_record(storage.study_url, name)
         if args.from_verdicts:
             storage.pull(name, verdicts)
@@ -47,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, CorruptCheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
     _show(record, args)
     if not args.json:
         Console().print(f"report: {report}", soft_wrap=True, highlight=False)
@@ -89,24 +85,6 @@ def _show(record: StudyRecord, args: argparse.Namespace) -> None:
         print(json.dumps(front_json(record), indent=1, allow_nan=False))
     else:
         Console().print(front_table(record, None if args.all else SHOWN_MEMBERS))
-
-
-def _place(args: argparse.Namespace) -> tuple[Storage, str]:
-    """The places of a study, by its name or by its space file, and its name."""
-    path = Path(args.study)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        config = load_search_config(path)
-        storage, name = Storage.of(config, args.storage), config.study_name
-    else:
-        folder, name = Path(args.storage or DEFAULT_STORAGE).resolve(), args.study
-        storage = Storage(folder, default_study_url(folder), folder / "artifacts", None)
-    study_url = args.study_url or storage.study_url
-    artifacts, uri = storage.artifacts, storage.artifacts_uri
-    if args.artifacts:
-        artifacts, uri = artifacts_of(args.artifacts, storage.folder)
-    elif uri is None and not args.storage:
-        uri = stored_address(study_url, name)
-    return Storage(storage.folder, study_url, artifacts, storage.tracking_uri, uri), name
 
 
 def _parser() -> argparse.ArgumentParser:

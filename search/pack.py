@@ -90,8 +90,7 @@ def _usage_line(usage: TrialUsage) -> str:
 
 
 def _spelled(machine: Machine, *, asks_gpu: bool) -> str:
-    load = f"load {os.getloadavg()[0]:.1f} before"
-    host = f"{machine.cores} cores, {machine.host_free / GIB:.3g} GiB of memory free, {load}"
+    host = f"{machine.cores} cores, {machine.host_free / GIB:.3g} GiB of memory free, load {machine.load:.1f} before"
     if machine.gpu:
         return f"{machine.gpu}, {machine.gpu_free / GIB:.3g} of {machine.gpu_memory / GIB:.3g} GiB free; {host}"
     return f"{host}; {'no GPU here, so cores are shared out' if asks_gpu else 'without a GPU'}"

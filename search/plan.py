@@ -95,7 +95,7 @@ def plan_lines(
     done = len(record.done) if record else 0
     left = max(0, config.budget.trials - done)
     state = f"{done} of {config.budget.trials} trials done" if record else "new"
-    yield f"study {config.study_name} ({state}) in {storage.artifacts}; nothing is started or written"
+    yield f"study {config.study_name} ({state}) in {storage.workers_artifacts}; nothing is started or written"
     yield (
         f"{config.data.name}: {len(dataset.train):,} training and {len(dataset.validation):,} validation images; "
         f"threat {config.threat}"
@@ -125,21 +125,27 @@ def plan_lines(
     if config.budget.accelerator_hours is not None:
         spent = accelerator_hours(record.trials if record else (), config.resources)
         yield f"{spent:.3g} of {config.budget.accelerator_hours:g} accelerator-hours are spent; then nothing new starts"
-    weights = cost.weights * BYTES_PER_WEIGHT * _weight_copies(config, storage)
-    finished = left * (weights + len(dataset.validation) * BYTES_PER_VERDICT + BYTES_PER_TRIAL)
-    running = slots * cost.weights * BYTES_PER_WEIGHT * STATE_COPIES
-    yield f"disk: about {_size(finished)} in the end, and {_size(running)} while trials run"
+    artifacts, mlflow = _weight_copies(config, storage)
+    weights, rows = cost.weights * BYTES_PER_WEIGHT, len(dataset.validation) * BYTES_PER_VERDICT + BYTES_PER_TRIAL
+    finished, running = left * ((artifacts + mlflow) * weights + rows), slots * weights * STATE_COPIES
+    if storage.artifacts_uri is None:
+        yield f"disk: about {_size(finished)} in the end, and {_size(running)} while trials run"
+        return
+    stored = left * (artifacts * weights + rows)
+    yield (
+        f"in the store: about {_size(stored)} in the end, and {_size(running)} while trials run; disk of this machine, "
+        f"with its copies of the artefacts: at most about {_size(finished)}"
+    )
 
 
-def _weight_copies(config: SearchConfig, storage: Storage) -> int:
-    """How often the weights of a finished trial lie on this disk: its student and program, and what MLflow copies."""
+def _weight_copies(config: SearchConfig, storage: Storage) -> tuple[int, int]:
+    """How often the artefacts hold the weights of a finished trial, its student and program, and a local MLflow."""
     if not config.tracking.enabled:
-        return 1
+        return 1, 0
     models = config.tracking.models
-    in_folder = 2 if models else 1
     # The trial's artifact; of its model the program and the extra files.
-    in_store = 3 if models else 1
-    return in_folder + (in_store if storage.tracking_uri is None else 0)
+    in_mlflow = 3 if models else 1
+    return 2 if models else 1, in_mlflow if storage.tracking_uri is None else 0
 
 
 def slots_here(resources: ResourcesConfig) -> int:

@@ -1,7 +1,7 @@
 """python -m search.run SPACE: run a search, or go on with it.
 
-Exit codes: 0 the study has all its trials; 2 something asked for is wrong, nothing was started; 3 trials keep
-failing; 130 stopped by Ctrl-C.
+Exit codes: 0 the study has all its trials, or was handed over (--detach); 2 something asked for is wrong, nothing was
+started; 3 trials keep failing; 130 stopped by Ctrl-C.
 """
 
 import argparse
@@ -15,12 +15,12 @@ from pathlib import Path
 from rich.console import Console
 
 from ccdist.checkpoint import CorruptCheckpointError
-from ccdist.data import Dataset, load_dataset
 from search.config import SearchConfig, find_space_file, load_search_config
 from search.errors import UserError
 from search.plan import show_plan
 from search.results.page import write_report
 from search.results.report import front_table
+from search.sharing.probe import searched_data
 from search.space import Space
 from search.storage import DEFAULT_STORAGE, Storage
 from search.studies.database import without_password
@@ -89,7 +89,7 @@ def run(
             return _settle(record, config, storage, console)
         if record is not None:
             storage.check_unfinished(record.name, [trial.key for trial in record.unfinished])
-        dataset = _load(config)
+        dataset = searched_data(config)
         from search.execution import execute  # takes seconds, see there
 
         outcome = execute(config, space, storage, dataset, console, lock, address=address)
@@ -112,7 +112,7 @@ def run(
 
 def _show_plan(config: SearchConfig, space: Space, storage: Storage, console: Console) -> int:
     """--dry-run."""
-    show_plan(config, space, storage, _load(config), stored_record(config, storage.study_url), console)
+    show_plan(config, space, storage, searched_data(config), stored_record(config, storage.study_url), console)
     return OK
 
 
@@ -127,17 +127,6 @@ def _settle(record: StudyRecord, config: SearchConfig, storage: Storage, console
     return OK
 
 
-class _DataError(UserError):
-    """The data set cannot be used as asked."""
-
-
-def _load(config: SearchConfig) -> Dataset:
-    try:
-        return load_dataset(config.data)
-    except ValueError as error:
-        raise _DataError(" ".join(str(error).split())) from error
-
-
 def _show(record: StudyRecord, storage: Storage, console: Console) -> None:
     console.print(front_table(record))
     console.print(f"report: {storage.study_folder(record.name) / 'report.html'}", soft_wrap=True, highlight=False)
@@ -147,14 +136,15 @@ def _detach(config: SearchConfig, file: Path, args: argparse.Namespace) -> int:
     """--detach."""
     from search.clusters.detached import detach  # Ray takes seconds to import
 
-    detach(config, file, _options(args), {GO_ON: f"{_command(args)} --detach"}, args.address)
+    detach(config, file, _options(args), {GO_ON: _command(args)}, args.address)
     return OK
 
 
 def _command(args: argparse.Namespace) -> str:
     """What to type to go on."""
     address = ["--address", shown(args.address)] if args.address else []
-    words = ["python", "-m", "search.run", args.space, *map(without_password, _options(args)), *address]
+    detached = ["--detach"] if args.detach else []
+    words = ["python", "-m", "search.run", args.space, *map(without_password, _options(args)), *address, *detached]
     return os.environ.get(GO_ON) or shlex.join(words)
 
 

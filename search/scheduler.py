@@ -4,6 +4,7 @@ It decides from the study alone, so one that is made anew after a restart goes o
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from search.attempts.deaths import Cause
 from search.config import SearchConfig
+from search.errors import one_line
 from search.scheduling.standings import Standings
 from search.scheduling.stopping import judge_rung, judge_verification
 from search.studies.records import RungValues, TrialRecord, TrialResult
@@ -66,6 +68,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         self.stopped: dict[str, str] = {}
         self.is_halted = self.is_closed = False
         self.taken_back: set[str] = set()
+        self._queue: deque[Any] = deque()  # what has not started, in order; what has is dropped when it is met
         self.error: str | None = None
 
     def halt(self) -> None:
@@ -76,16 +79,22 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         """The search is over: what has not started is taken out of Ray's queue, where it might wait for ever."""
         self.is_closed = True
 
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        self._queue.append(trial)
+
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
         """The next trial, in their order. Tune asks at each of its steps, so that here trials can be taken back: one
-        that waits for a place reports nothing, and Tune looks at requests to stop one nowhere else [ray 2.60]."""
+        that waits for a place reports nothing, and Tune looks at requests to stop one nowhere else [ray 2.60]. And so
+        that only what waits is gone through: Tune's own scheduler looks at all trials of the search each time."""
         if self.is_closed or self.taken_back:
-            for trial in tune_controller.get_trials():
+            for trial in tuple(self._queue):
                 if trial.status == Trial.PENDING and (self.is_closed or trial.trial_id in self.taken_back):
                     with redirect_stdout(None):  # where Tune would print a line, however quiet it is to be
                         tune_controller.stop_trial(trial)  # the searcher hears of an end without a report
             self.taken_back.clear()
-        return None if self.is_closed else super().choose_trial_to_run(tune_controller)
+        while self._queue and self._queue[0].status != Trial.PENDING:
+            self._queue.popleft()
+        return None if self.is_closed or not self._queue else self._queue[0]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Judge a report. Tune lets what is raised here end all trials, so nothing is."""
@@ -95,8 +104,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
             try:
                 reason = self._judge(key, result)
             except Exception as failure:
-                text = " ".join(str(failure).split())
-                self.error = f"trial {key} could not be judged ({type(failure).__name__}: {text}); it goes on"
+                self.error = f"trial {key} could not be judged ({one_line(failure)}); it goes on"
                 reason = None
             if reason is not None:
                 self.stopped[key] = reason
@@ -112,7 +120,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         try:
             self._leave(trial)
         except Exception as failure:  # it then ends with its node
-            self.error = f"nodes that are drained are not known ({type(failure).__name__}: {failure})"
+            self.error = f"nodes that are drained are not known ({one_line(failure)})"
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Keep why a worker ended: Tune tells the searcher next, without the reason."""

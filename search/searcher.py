@@ -17,9 +17,11 @@ from search.attempts.bad_hosts import BadHosts
 from search.attempts.deaths import Cause, is_of_surroundings
 from search.attempts.retries import Retries
 from search.attempts.shares import Nodes, Share, unknown
+from search.errors import one_line
 from search.scheduling.budget import Budget
 from search.scheduling.resumption import resumption
 from search.scheduling.waiting import TeacherQueue
+from search.studies.database import DatabaseAwayError
 from search.studies.records import TrialResult
 from search.study import Assignment, Study
 from search.suggestions.asking import Asker
@@ -87,6 +89,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         is_only_driver: whether nobody else can be driving the study; asked before anything is written.
         node: the roomiest node of the cluster.
         node_ids: Ray's ids of the nodes on these hosts; none, if a share of that size would find no other node.
+        clock: Unix time.
     """
 
     def __init__(
@@ -102,12 +105,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         is_only_driver: Callable[[], bool] = lambda: True,
         node: Nodes = unknown,
         node_ids: Callable[[Collection[str], Share], tuple[str, ...]] = lambda hosts, share: (),
+        clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(metric=None, mode=None)
         self._study, self._budget, self._slots, self._files = study, budget, slots, files
         self._listener, self._scheduler, self._asker, self._teachers = listener, scheduler, asker, teachers
         self._is_only_driver = is_only_driver
-        self._retries = Retries(study, files, teachers.teacher_of, node)
+        self._retries = Retries(study, files, teachers.teacher_of, node, clock)
         self._live: dict[str, Assignment] = {}
         self._resumed: dict[str, Assignment] = {}  # verifications that go on, by Tune trial id
         self._tried: set[int] = set()  # trials whose verification this command has resumed
@@ -135,7 +139,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
                 if started is not None:
                     return started
         except Exception as failure:
-            self._stop(f"no trial can be started ({_one_line(failure)}); nothing is lost")
+            self._stop(f"no trial can be started ({one_line(failure)}); nothing is lost")
         if self._live or self._resumed or self._work_is_left():
             return None
         if not self._has_ended and self._may_write():
@@ -261,7 +265,6 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             recipe,
             resume=resume,
             configuration=assignment.configuration,
-            attempt=attempt.number,
             share=attempt.share,
             deaths=attempt.deaths,
             avoid=avoid,
@@ -321,7 +324,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         except Exception as failure:
             if assignment is not None:
                 self._unfinished.append(assignment.number)
-            self._stop(f"the study could not be written ({_one_line(failure)}); nothing is lost")
+            self._stop(f"the study could not be written ({one_line(failure)}); nothing is lost")
         finally:
             if (ended := assignment or resumed) is not None:
                 self._retries.ended(ended)
@@ -413,8 +416,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _fail(self, assignment: Assignment, reason: str, *, silent: bool, repeats: bool = True) -> None:
         """Tell that a trial failed; repeats: others may fail of the same, so that a row of them is no accident."""
-        self._study.tell_failed(assignment.number, reason)
+        # Files first: a failed trial that the study knows is not looked at again.
         self._files.end_failed(assignment.key, reason, silent=silent)
+        self._study.tell_failed(assignment.number, reason)
         # Steps, sizes and the weights of a loss differ, the reason does not.
         if repeats:
             self._reasons.append(re.sub(r"\d[\d.e+-]*", "#", re.sub(r"\{[^{}]*\}", "{}", reason)))
@@ -430,11 +434,14 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _may_write(self) -> bool:
         """Whether the study is still this driver's; if not, the search ends here and cuts off what runs."""
-        if not self._is_only_driver():
+        try:
+            if self._is_only_driver():
+                return True
             self._stop(f"the lock on study {self._study.config.study_name} was lost, and another driver may have it")
-            self._scheduler.halt()
-            return False
-        return True
+        except DatabaseAwayError as away:
+            self._stop(f"{away}; nothing is lost")
+        self._scheduler.halt()
+        return False
 
     def _pause(self, reason: str) -> None:
         self._stop(f"{reason}; the search pauses, nothing is lost: make room and run the same command")
@@ -451,8 +458,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             if stored is not None:  # it had finished: a result is never thrown away
                 self._tell(assignment, stored)
             else:
-                self._study.tell_failed(assignment.number, reason, given_up=True)
                 self._files.end_failed(assignment.key, reason, silent=True)
+                self._study.tell_failed(assignment.number, reason, given_up=True)
 
     # ---- What Tune asks of a searcher -----------------------------------------------------------------------------
 
@@ -467,10 +474,6 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher with the experiment; database handles and credentials stay out of that."""
         return {}
-
-
-def _one_line(failure: Exception) -> str:
-    return f"{type(failure).__name__}: {' '.join(str(failure).split())}"
 
 
 def _told_cause(last: dict[str, Any]) -> Cause | None:

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ccdist import checkpoint
@@ -21,12 +21,12 @@ from search.artifacts.store_lock import store_lock
 from search.artifacts.trial_copies import Choice
 from search.artifacts.workplace import Workplace
 from search.clusters.sight import STUDY_MARK
-from search.config import SearchConfig
+from search.config import SearchConfig, load_search_config
 from search.errors import UserError
-from search.studies.database import sqlite_file
+from search.studies.database import missing_file, sqlite_file
 from search.studies.driver_lock import DriverLock, file_lock, study_lock
 from search.studies.formats import UNMARKED
-from search.studies.study_record import stored_artifacts
+from search.studies.study_record import stored_artifacts, stored_identifier
 from search.teachers import TeacherStore
 from tracking.address import HOW_TO_LOG_IN, URI, Address, AddressError, is_server, shown
 
@@ -91,10 +91,15 @@ class Storage:
         return None if self.artifacts_uri is None else ArtifactPlace(self.artifacts_uri)
 
     def workplace(self, study: str) -> Workplace:
-        """What every worker of a study is told; to be asked for by its only driver."""
+        """What every worker of a study is told; to be asked for by its only driver.
+
+        Raises:
+            StorageError: the object store does not answer.
+        """
         mirror = self.mirror(study)
         if mirror is not None:
-            return Workplace(str(self.workers_artifacts), study, mirror.epoch)
+            with self._one_line():
+                return Workplace(str(self.workers_artifacts), study, mirror.epoch)
         return Workplace(str(self.artifacts), study, identifier=self.identifier(study))
 
     def mirror(self, study: str) -> Mirror | None:
@@ -145,7 +150,8 @@ class Storage:
                 self._check_origin(mirror)
                 self._claim_store(mirror, identifier)
         mark.parent.mkdir(parents=True, exist_ok=True)
-        if not mark.exists() and (identifier.startswith(UNMARKED) or not (mark.parent / "trials").exists()):
+        is_known = mirror is not None or identifier.startswith(UNMARKED)  # trials may be here: those of the store
+        if not mark.exists() and (is_known or not (mark.parent / "trials").exists()):
             mark.write_text(identifier)
         if not mark.exists() or mark.read_text() != identifier:
             raise StorageError(
@@ -158,10 +164,13 @@ class Storage:
         if owner is None and mirror.is_empty():
             mirror.set_owner(identifier)
         elif owner != identifier:
-            raise StorageError(
-                f"{self._place} holds the trials of another study named {mirror.study}; choose another name "
-                "(--set name=...), or another storage.artifacts"
-            )
+            raise self._foreign(mirror.study)
+
+    def _foreign(self, study: str) -> StorageError:
+        return StorageError(
+            f"{self._place} holds the trials of another study named {study}; choose another name "
+            "(--set name=...), or another storage.artifacts"
+        )
 
     def identifier(self, study: str) -> str:
         """The identifier of the study that the folder belongs to; empty: it has not been claimed."""
@@ -198,11 +207,14 @@ class Storage:
 
         Raises:
             CorruptCheckpointError: one is damaged; nothing was changed.
+            StorageError: the object store does not answer.
         """
         mirror = self.mirror(study)
         if mirror is not None:
             # To fetch them all would take as long as to begin: each is compared with its hash when a worker has it.
-            if missing := mirror.check(keys):
+            with self._one_line():
+                missing = mirror.check(keys)
+            if missing:
                 raise checkpoint.CorruptCheckpointError(
                     f"{self._place} lacks {missing[0]}{f' and {len(missing) - 1} more files' if missing[1:] else ''}; "
                     "restore it from a copy"
@@ -241,6 +253,8 @@ class Storage:
                     f"{self.study_folder(study)} is a copy of another study than the one in {self._place}; move it away"
                 )
             if choice is None:
+                if owner is not None and not own and owner != stored_identifier(self.study_url, study):
+                    raise self._foreign(study)  # before its files are here
                 self._check_origin(mirror)
                 mirror.pull_study()
             mirror.pull(choice)
@@ -249,9 +263,9 @@ class Storage:
         """Refuse a study whose trials were kept elsewhere: to the workers they would be lost, and soon to all."""
         if lacking := mirror.lacking():
             raise StorageError(
-                f"{mirror.root} holds {len(lacking)} trials that {self._place} lacks, such as {lacking[0]}: a study's "
-                "artefacts are not moved there; go on where they are (storage.artifacts as before), or start another "
-                "study (--set name=...)"
+                f"{mirror.root} holds trials that {self._place} lacks ({len(lacking)}, such as {lacking[0]}): a "
+                "study's artefacts are not moved there; go on where they are (storage.artifacts as before), or start "
+                "another study (--set name=...)"
             )
 
     def _check_there(self) -> None:
@@ -297,12 +311,13 @@ class Storage:
 
     def _told(self, study: str, action: Callable[[Mirror], None]) -> None:
         """Do it; a store that stays away is told of, since the next command does what is left."""
-        mirror = self.mirror(study)
-        if mirror is not None:
-            try:
-                action(mirror)
-            except (StorageAwayError, checkpoint.CorruptCheckpointError) as error:
-                log.warning("%s is not complete (%s); the same command completes it", self._place, error)
+        try:
+            mirror = self.mirror(study)
+            if mirror is not None:
+                with self._one_line():
+                    action(mirror)
+        except (StorageError, StorageAwayError, checkpoint.CorruptCheckpointError) as error:
+            log.warning("%s is not complete (%s); the same command completes it", self._place, error)
 
 
 @functools.cache
@@ -321,14 +336,38 @@ def artifacts_of(text: str | None, folder: Path) -> tuple[Path, str | None]:
     return (Path(text).resolve() if text else folder / "artifacts"), None
 
 
+def place_of(study: str, directory: str | None, study_url: str | None, artifacts: str | None) -> tuple[Storage, str]:
+    """The places of a study that is there, and its name, as a command line that looks at it has them.
+
+    Args:
+        study: its name, or its space file.
+        directory: the search's storage folder; None: as the space file says, else the default folder.
+        study_url: its database, where it is not there.
+        artifacts: folder or address of its artefacts, if not there; None: also the address that the study remembers.
+    """
+    path = Path(study)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        config = load_search_config(path)
+        storage, name = Storage.of(config, directory), config.study_name
+    else:
+        folder, name = Path(directory or DEFAULT_STORAGE).resolve(), study
+        storage = Storage(folder, default_study_url(folder), folder / "artifacts", None)
+    storage = replace(storage, study_url=study_url or storage.study_url)
+    if artifacts:
+        local, uri = artifacts_of(artifacts, storage.folder)
+        return replace(storage, artifacts=local, artifacts_uri=uri), name
+    if storage.artifacts_uri is None and not directory:
+        storage = replace(storage, artifacts_uri=stored_address(storage.study_url, name))
+    return storage, name
+
+
 def stored_address(study_url: str, study: str) -> str | None:
     """Where the study's artefacts were kept when a search last opened it, if that is an object store.
 
     Raises:
         StudyError: the database cannot be read.
     """
-    database = sqlite_file(study_url)
-    if database is not None and not database.is_file():
+    if missing_file(study_url) is not None:
         return None  # who reads the study says so
     artifacts = stored_artifacts(study_url, study)
     return artifacts if artifacts is not None and "://" in artifacts else None

@@ -39,7 +39,7 @@ from search.trials.endings import failure_reason, is_of_gpu, is_out_of_memory
 from search.trials.reports import WaitingForTeacher
 from search.trials.verifying import REPORT_INTERVAL_S, rest_after
 
-_PLAIN = ("key", "params", "resume", "configuration", "attempt", "deaths", "start", "avoid")
+_PLAIN = ("key", "params", "resume", "configuration", "deaths", "start", "avoid")
 # An undecided image that gets more time gets so many times what it had.
 TIMEOUT_GROWTH = 4.0
 
@@ -77,7 +77,6 @@ class Suggestion:
 
     resume: the trial is COMPLETE, and its verification is to go on with larger limits.
     configuration: hash of the parameters.
-    attempt: number of this run of the trial, another one for each; the first is 1.
     share: what it holds; None: as the space file says.
     deaths: what became of its attempts before, in a line.
     start: when, by the driver's clock of nanoseconds that only grow: of two runs of a trial the later one counts.
@@ -89,7 +88,6 @@ class Suggestion:
     recipe: Recipe
     resume: bool = False
     configuration: str = ""
-    attempt: int = 1
     share: Share | None = None
     deaths: str = ""
     start: int = field(default_factory=time.monotonic_ns)

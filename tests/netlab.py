@@ -15,17 +15,19 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from benchmarks.live_search import wait_for
+
 PRIVATE, OUTSIDE = "10.77.0.", "192.0.2."  # the second is reserved for examples
 SSH_KEY = "~/.ssh/lab"
 PROGRAMS = {"ip": "iproute2", "ss": "iproute2", "sshd": "openssh-server", "ssh-keygen": "openssh-client"}
-PROGRAMS |= {"rsync": "rsync", "curl": "curl", "unshare": "util-linux", "nsenter": "util-linux"}
+PROGRAMS |= {"ssh": "openssh-client", "rsync": "rsync", "curl": "curl", "mount": "mount"}
+PROGRAMS |= dict.fromkeys(("unshare", "nsenter", "setpriv"), "util-linux")
 HOME = Path(pwd.getpwuid(os.getuid()).pw_dir)
 START_S = 30.0
 
@@ -195,7 +197,7 @@ def lab(folder: Path, names: Sequence[str], plan: Plan) -> Iterator[Lab]:
         folder: for what they start from, and what they say; their disks are in memory.
     """
     with ExitStack() as stack:
-        lan = stack.enter_context(_kept(["unshare", "--net", "sleep", "infinity"]))
+        lan = stack.enter_context(kept(["unshare", "--net", "sleep", "infinity"]))
         _until(partial(_has_network, lan.pid), "the private network is there")
         for bridge in ("private", "world"):
             _in_network(lan.pid, f"ip link add {bridge} type bridge", f"ip link set {bridge} up")
@@ -233,7 +235,7 @@ def _machine(stack: ExitStack, lan: int, folder: Path, number: str, program: str
     namespaces = ["--net", "--pid", "--mount", "--uts", "--fork", "--kill-child", "--mount-proc"]
     log = stack.enter_context((folder / "log").open("wb"))
     keeper = stack.enter_context(
-        _kept(["unshare", *namespaces, "--propagation", "private", "bash", "-c", script], log.fileno())
+        kept(["unshare", *namespaces, "--propagation", "private", "bash", "-c", script], log.fileno())
     )
     children = Path(f"/proc/{keeper.pid}/task/{keeper.pid}/children")
     _until(lambda: children.read_text().split() != [], f"{name} has its namespaces")
@@ -296,7 +298,9 @@ def _new_key(folder: Path) -> Path:
 
 
 @contextmanager
-def _kept(command: Sequence[str], log: int = subprocess.DEVNULL) -> Iterator["subprocess.Popen[bytes]"]:
+def kept(
+    command: Sequence[str], log: int = subprocess.DEVNULL, environment: Mapping[str, str] | None = None
+) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that dies with the context, and with this process should that be killed."""
     # The signal at the parent's death is set by a program: Python's hook before exec is not safe beside threads.
     process = subprocess.Popen(
@@ -304,6 +308,7 @@ def _kept(command: Sequence[str], log: int = subprocess.DEVNULL) -> Iterator["su
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
+        env=environment,
         start_new_session=True,  # Ctrl-C is for the test, which then ends the lab
     )
     try:
@@ -333,9 +338,4 @@ def _program(name: str) -> str | None:
 
 
 def _until(condition: Callable[[], bool], what: str, log: Path | None = None) -> None:
-    deadline = time.monotonic() + START_S
-    while not condition():
-        if time.monotonic() > deadline:
-            said = f"; it said: {log.read_text(errors='replace')}" if log is not None else ""
-            raise TimeoutError(f"waited {START_S:g} s in vain until {what}{said}")
-        time.sleep(0.05)
+    wait_for(condition, what, START_S, None if log is None else partial(log.read_text, errors="replace"))

@@ -8,13 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from netlab import kept
+
+from benchmarks.live_search import wait_for
 
 HOST, PORT, DASHBOARD_PORT = "10.9.0.1", 6379, 8265
 URL = f"http://127.0.0.1:{DASHBOARD_PORT}"
@@ -65,7 +67,8 @@ class Head:
 
     def end(self) -> None:
         """All processes of the namespaces, at once."""
-        os.kill(self.init, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.kill(self.init, signal.SIGKILL)
 
 
 @contextmanager
@@ -101,38 +104,28 @@ def ray_head(folder: Path, *, cpus: int = 2, token: str | None = None, dashboard
     )
     script = f"{network} && mount --bind {temporary} /tmp/ray && exec {start}"
     Path("/tmp/ray").mkdir(exist_ok=True)
-    with (folder / "log").open("w") as log:
-        outer = subprocess.Popen(
-            ["unshare", "-n", "-m", "-p", "-f", "--mount-proc", "sh", "-c", script],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+    unshare = ["unshare", "-n", "-m", "-p", "-f", "--kill-child", "--mount-proc", "sh", "-c", script]
+    with (folder / "log").open("wb") as log, kept(unshare, log.fileno(), environment) as outer:
+        head = Head(only_child(outer.pid), home, environment)
+        # Jobs go to the agent of a node, which comes up after all else.
+        port = 52365 if dashboard else PORT
+        probe = f"import socket; socket.create_connection(('{HOST}', {port}), timeout=1)"
+        wait_for(
+            lambda: outer.poll() is not None or head.run(sys.executable, "-c", probe).returncode == 0,
+            "the head is up or has ended",
+            START_S,
+            (folder / "log").read_text,
         )
-    head = Head(only_child(outer.pid), home, environment)
-    try:
-        _wait_until_up(head, folder / "log", dashboard)
-        yield head
-    finally:
-        head.end()
-        outer.kill()
-        outer.wait()
+        assert outer.poll() is None, (folder / "log").read_text()
+        try:
+            yield head
+        finally:
+            head.end()
+            outer.wait()  # it returns when the kernel has ended all of them
 
 
 def only_child(parent: int) -> int:
     """The process that unshare, or nsenter, has started in place of itself."""
     children = Path(f"/proc/{parent}/task/{parent}/children")
-    until = time.monotonic() + 10
-    while not (found := children.read_text().split()):
-        assert time.monotonic() < until, "unshare has started nothing"
-        time.sleep(0.05)
-    return int(found[0])
-
-
-def _wait_until_up(head: Head, log: Path, dashboard: bool) -> None:
-    """Jobs go to the agent of a node, which comes up after all else."""
-    port = 52365 if dashboard else PORT
-    probe = f"import socket; socket.create_connection(('{HOST}', {port}), timeout=1)"
-    until = time.monotonic() + START_S
-    while head.run(sys.executable, "-c", probe).returncode != 0:
-        assert time.monotonic() < until, log.read_text()
-        time.sleep(0.3)
+    wait_for(lambda: children.read_text() != "", "a process is started in namespaces", 10)
+    return int(children.read_text().split()[0])

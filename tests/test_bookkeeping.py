@@ -240,6 +240,7 @@ def test_figures_that_cannot_be_drawn_do_not_keep_a_search_from_its_end(
 def test_a_full_disk_at_the_end_of_a_search_is_one_line(
     search: Search, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(bookkeeping, "draw", lambda *anything: {})  # figures take seconds
     record = search.run(2, is_killed=True)
 
     def full(*arguments: Any, **more: Any) -> None:

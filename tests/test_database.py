@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 import sqlalchemy
+from sqlalchemy.exc import OperationalError
 from studies import FINGERPRINT, closed_form, config_of, empty_database, result, space_of
 
-from search import doctor
+from search import doctor, front
 from search.artifacts.locks import LockedError
 from search.artifacts.store_lock import _holder
+from search.clusters.cluster_checkup import check_database
 from search.space import Space
 from search.storage import Storage
-from search.studies.advisory_lock import lock_number
+from search.studies import advisory_lock
+from search.studies.advisory_lock import AdvisoryLock, lock_number
 from search.studies.database import DatabaseAwayError, StudyError, open_storage, postgres_url, without_password
 from search.studies.driver_lock import DriverLock
+from search.studies.patience import Patience
 from search.study import Study, load_record
 
 if TYPE_CHECKING:  # pytest imports it as a plugin
@@ -144,6 +148,34 @@ def test_a_driver_notices_that_its_lock_is_lost(
         assert not lock.still_held()  # nobody has it now, but somebody had it
 
 
+def test_a_server_that_stays_away_is_not_another_driver(
+    postgres_url: str, postgres_server: "PostgresServer", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = AdvisoryLock(postgres_url, "away", Patience(limit_s=0.05))
+    try:
+        monkeypatch.setattr(lock, "_take", lambda: (_ for _ in ()).throw(OperationalError("", {}, OSError("refused"))))
+        end_lock_session(postgres_server)
+        with pytest.raises(DatabaseAwayError, match="did not come back within 0 s"):
+            lock.still_held()
+        assert not lock.still_held()  # somebody may have come
+    finally:
+        lock.release()
+
+
+def test_a_session_that_does_not_end_is_not_taken_for_ended(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commit is in the disk's queue, and would come after what is asked again."""
+    lock = AdvisoryLock(postgres_url, "slow")
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(advisory_lock, "_END_OTHERS", "SELECT :name, :pid, :since")
+            patched.setattr(advisory_lock, "_PAUSE_S", 0.0)
+            with pytest.raises(DatabaseAwayError, match="does not end"):
+                lock.regained()
+        assert lock.regained()
+    finally:
+        lock.release()
+
+
 def test_a_lock_that_nobody_else_had_meanwhile_is_taken_again(
     drivers: tuple[Storage, Storage], postgres_server: "PostgresServer", caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -254,6 +286,35 @@ def test_other_addresses_are_refused_in_one_line(url: str) -> None:
     with pytest.raises(StudyError, match="study database") as caught:
         open_storage(url)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        (
+            "postgresql://me:secret@127.0.0.1:x/d",
+            r"postgresql://\*\*\*@127\.0\.0\.1:x/d: expected .*@HOST:PORT/DATABASE",
+        ),
+        (
+            "postgresql://me:s3c@ret@HOST/d",
+            r"postgresql://\*\*\*@HOST/d has an @ in its user or password; write %40 for",
+        ),
+        ("postgresql://me:s@secret/x@HOST/d", r"postgresql://\*\*\*@HOST/d has an @"),
+    ],
+)
+def test_a_server_that_cannot_be_read_from_its_address(
+    url: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(StudyError, match=told) as opened:
+        open_storage(url)
+    with pytest.raises(StudyError, match=told), storage_at(tmp_path, url).only_driver("tiny"):
+        pass
+    assert "ret" not in str(opened.value)
+    found = check_database(url)
+    assert (found.fine, re.search(told, found.text) is not None) == (False, True)
+    for command in (doctor, front):
+        assert command.main(["tiny", "--study-url", url]) == 2
+        assert re.match(f"error: study database {told}", capsys.readouterr().err)
 
 
 def test_a_commit_to_sqlite_is_on_the_disk(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """A search that is handed over to a cluster, and its front read from there; the last test does so with a real one."""
 
+import functools
 import json
 import logging
 import os
 import shlex
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +20,7 @@ from ray.job_submission import JobStatus
 from ray_heads import URL, Head, needs_namespaces, only_child, ray_head
 from studies import tree, write_space
 
+from benchmarks.live_search import wait_for
 from search import front, run
 from search.clusters import detached, jobs
 from search.clusters.jobs import command
@@ -35,6 +36,7 @@ class FakeClient:
         self.submitted: list[dict[str, Any]] = []
         self.log = ""
         self.status = JobStatus.SUCCEEDED
+        self.message: str | None = None
 
     def __call__(self, url: str) -> "FakeClient":
         self.url = url
@@ -47,11 +49,15 @@ class FakeClient:
         folder = Path(options["runtime_env"]["working_dir"])
         self.submitted.append(options | {"files": {path.name: path.read_text() for path in folder.iterdir()}})
         name = options.get("submission_id") or f"raysubmit_{len(self.jobs)}"
-        self.jobs[name] = SimpleNamespace(submission_id=name, metadata=options.get("metadata"), status=self.status)
+        told = {"metadata": options.get("metadata"), "status": self.status, "message": self.message}
+        self.jobs[name] = SimpleNamespace(submission_id=name, **told)
         return name
 
     def get_job_status(self, name: str) -> JobStatus:
         return self.jobs[name].status
+
+    def get_job_info(self, name: str) -> SimpleNamespace:
+        return self.jobs[name]
 
     def get_job_logs(self, name: str) -> str:
         return self.log
@@ -70,6 +76,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     fake = FakeClient()
     monkeypatch.setattr(jobs, "_client", lambda url, words: fake(url))
     monkeypatch.setattr(jobs, "check_own_token", lambda: None)
+    monkeypatch.setattr(detached, "_SETTLE_S", 0.0)
     return fake
 
 
@@ -108,20 +115,80 @@ def test_a_search_is_handed_over(space: Path, client: FakeClient, capsys: pytest
 def test_a_search_that_ends_at_once_says_why(
     space: Path, client: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(detached, "_LOOK_S", 0.01)
+    words = [str(space), "--detach", "--address", URL]
+
+    def told() -> str:
+        """The one line of a search that is refused on the head; how to read its log was printed before."""
+        client.jobs.clear()
+        assert run.main(words) == 2
+        printed = capsys.readouterr()
+        assert f"log:   ray job logs --follow tiny-1 --address {URL}" in printed.out
+        assert printed.err.count("\n") == 1, printed.err
+        return printed.err
+
     client.log = "some warning\nerror: study tiny exists with another space (student.epochs: stored 5, given 6)\n"
     client.status = JobStatus.FAILED
-    told = refused(capsys, space, "--detach", "--address", URL)
-    assert told == (
-        f"error: study tiny exists with another space (student.epochs: stored 5, given 6) (job tiny-1 on {URL})\n"
-    )
+    reason = f"error: study tiny exists with another space (student.epochs: stored 5, given 6) (job tiny-1 on {URL})\n"
+    assert told() == reason
+    # Its line stands in the log some time before the job counts as ended.
+    client.status, looks = JobStatus.RUNNING, iter([JobStatus.RUNNING, JobStatus.RUNNING, JobStatus.FAILED])
+
+    def ending(name: str) -> JobStatus:
+        client.jobs[name].status = next(looks)
+        return client.jobs[name].status
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "get_job_status", ending)
+        assert told() == reason
+    # What is no error of search.run's own, and a job that never came to say anything.
+    client.status, client.log = JobStatus.FAILED, "Traceback:\nModuleNotFoundError: No module named 'ray'\n\n"
+    assert f"has ended at once: ModuleNotFoundError: No module named 'ray' (job tiny-1 on {URL})" in told()
+    client.log, client.message = "", "runtime_env setup failed:\nno room"
+    assert f"has ended at once: no room (job tiny-1 on {URL})" in told()
+    client.status, client.message = JobStatus.STOPPED, None
+    assert f"has ended at once: STOPPED (job tiny-1 on {URL})" in told()
     # A line of that kind from a driver that goes on is no end, and one that says nothing yet is not waited for long.
     client.status, client.log = JobStatus.RUNNING, "error: a worker said this\nstudy tiny: digits, 0 of 9 trials done"
     client.jobs.clear()
-    assert run.main([str(space), "--detach", "--address", URL]) == 0
+    assert run.main(words) == 0
     client.jobs.clear()
     client.log = ""
     monkeypatch.setattr(detached, "WATCH_S", 0.1)
+    assert run.main(words) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyboardInterrupt(), "not watched any longer; job tiny-1 goes on\n"),
+        (ConnectionError("no\nway"), f"warning: whether job tiny-1 has begun is not known (the Ray cluster at {URL} "),
+    ],
+)
+def test_a_watch_that_ends_early_ends_no_search(
+    error: BaseException, told: str, space: Path, client: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def get_job_status(name: str) -> JobStatus:
+        raise error
+
+    client.get_job_status = get_job_status  # type: ignore[method-assign]
     assert run.main([str(space), "--detach", "--address", URL]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith(told)
+    assert printed.err.count("\n") == 1
+    assert f"stop:  ray job stop tiny-1 --address {URL}" in printed.out
+
+
+def test_ctrl_c_before_a_search_is_handed_over_says_how_to_do_it_again(
+    space: Path, client: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def submit_job(**_: Any) -> str:
+        raise KeyboardInterrupt
+
+    client.submit_job = submit_job  # type: ignore[method-assign]
+    assert run.main([str(space), "--detach", "--address", URL]) == 130
+    assert capsys.readouterr().err == (f"stopped; go on with: python -m search.run {space} --address {URL} --detach\n")
 
 
 def test_a_study_has_one_job_at_a_time(space: Path, client: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,9 +378,28 @@ def test_a_front_that_does_not_come(
     monkeypatch.setattr(detached, "FRONT_S", 0.0)
     assert front.main(["tiny", "--address", URL]) == 2
     assert "has not shown the front within 0 s; it was stopped" in capsys.readouterr().err
-    assert [job.status for job in client.jobs.values()] == [JobStatus.STOPPED]  # the first one is taken off the list
+    assert client.jobs == {}
     assert front.main(["tiny", "--address", URL, "--study-url", "postgresql://me:secret@db/s"]) == 2
     assert "secret" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (ConnectionError("away"), 2)])
+def test_a_front_that_is_not_waited_for_leaves_no_job(
+    error: BaseException, code: int, client: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client.status, status_of, stopped = JobStatus.RUNNING, client.get_job_status, []
+    errors = iter([error])
+
+    def get_job_status(name: str) -> JobStatus:
+        for each in errors:
+            raise each
+        return status_of(name)
+
+    client.get_job_status = get_job_status  # type: ignore[method-assign]
+    client.stop_job = lambda name: stopped.append(name) or FakeClient.stop_job(client, name)  # type: ignore
+    assert front.main(["tiny", "--address", URL]) == code
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (stopped, client.jobs) == (["raysubmit_0"], {})
 
 
 # ---- Dashboards that refuse ----------------------------------------------------------------------------------------
@@ -391,6 +477,10 @@ def test_a_search_on_a_cluster_from_elsewhere(tmp_path: Path) -> None:
     space = write_space(tmp_path / "tiny.yaml", tree())
     with ray_head(tmp_path / "head", token="a" * 64) as head:
         detach = ("search.run", str(space), "--detach", "--address", URL, "--trials")
+        wrong = head.python(*detach, "3", "--set", "name=other", "--set", "data.path=/nowhere")
+        assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1), wrong.stderr
+        assert wrong.stderr.startswith("error: data.path /nowhere ")
+        assert f"(job other-1 on {URL})" in wrong.stderr
         handed = head.python(*detach, str(TRIALS))
         assert handed.returncode == 0, handed.stderr
         shown = _shown_when(head, lambda states: states.count("COMPLETE") >= 3)
@@ -421,6 +511,8 @@ def test_a_search_on_a_cluster_from_elsewhere(tmp_path: Path) -> None:
         unknown = head.python("search.front", "other", "--address", URL)
         assert (unknown.returncode, unknown.stdout) == (2, "")
         assert unknown.stderr.startswith("error: no study 'other'")
+        listed = head.run("ray", "job", "list", "--address", URL)
+        assert ("tiny-2" in listed.stdout, "raysubmit" in listed.stdout) == (True, False), listed.stdout
         search = ("python", "-m", "search.run", str(space), "--storage", str(head.home / "runs"))
         terminated = head.command(*search, "--trials", "300", "--address", "auto")
         _shown_when(head, lambda states: "RUNNING" in states)
@@ -436,16 +528,23 @@ def _states(head: Head) -> list[str]:
 
 
 def _shown_when(head: Head, enough: Any) -> list[str]:
-    until = time.monotonic() + 240
-    while not enough(states := _states(head)):
-        assert time.monotonic() < until, head.run("ray", "job", "logs", "tiny-1", "--address", URL).stdout[-3000:]
-    return states
+    seen: list[list[str]] = []
+
+    def is_enough() -> bool:
+        seen.append(_states(head))
+        return bool(enough(seen[-1]))
+
+    wait_for(is_enough, "enough of the study is shown", 240, lambda: _said_by_job(head, "logs", "tiny-1")[-3000:])
+    return seen[-1]
 
 
 def _wait_for_job(head: Head, job: str, status: str) -> None:
-    until = time.monotonic() + 120
-    while status.lower() not in (told := head.run("ray", "job", "status", job, "--address", URL)).stdout.lower():
-        assert time.monotonic() < until, told.stdout
+    said = functools.partial(_said_by_job, head, "status", job)
+    wait_for(lambda: status.lower() in said().lower(), f"{job} has {status}", 120, said)
+
+
+def _said_by_job(head: Head, what: str, job: str) -> str:
+    return head.run("ray", "job", what, job, "--address", URL).stdout
 
 
 def _parent_status(head: Head) -> str:

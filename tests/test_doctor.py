@@ -21,7 +21,7 @@ from ccdist.verdicts import SCHEMA, Finding, Rows, Verdict, accuracies
 from search.artifacts.places import TrialPlaces
 from search.config import SearchConfig
 from search.doctor import main
-from search.storage import Storage
+from search.storage import Storage, place_of
 from search.studies.records import TrialResult
 from search.study import load_record
 from search.teachers import TeacherStore, get_or_train
@@ -280,6 +280,30 @@ def test_no_such_study(study: str, storage: Path, tmp_path: Path, capsys: pytest
     assert main([study, "--storage", str(folder)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.usefixtures("storage")
+def test_a_study_is_found_by_its_name_and_by_its_space_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options count for both, and so does the object store that the study remembers: nothing is asked of it here."""
+    monkeypatch.chdir(tmp_path)
+    open_study(config_of(tmp_path), tmp_path / "runs" / "study.db").note_artifacts("s3://bucket/x")
+    for name in ("tiny", str(tmp_path / "space.yaml")):
+        assert main([name, "--repair", "--no-mlflow"]) == 2
+        assert "the artefacts of tiny are in s3://bucket/x, where nothing is repaired yet" in capsys.readouterr().err
+        found, study = place_of(name, None, "sqlite:////tmp/other.db", "s3://b/y")
+        assert (study, found.study_url, found.artifacts_uri) == ("tiny", "sqlite:////tmp/other.db", "s3://b/y")
+        assert main([name, "--study-url", f"sqlite:///{tmp_path}/other.db"]) == 2
+        assert f"there is no study database {tmp_path}/other.db" in capsys.readouterr().err
+
+
+def test_ctrl_c(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("search.doctor.examine", interrupted)
+    assert doctor() == (130, "stopped\n")
 
 
 def test_mlflow_is_compared_and_repaired(doctor: Doctor, storage: Path, tmp_path: Path) -> None:

@@ -6,20 +6,16 @@ The study is in a real PostgreSQL server, the artefacts in a folder that both se
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from machines import EPOCHS, Machine, SharedStudy, faults_of_epochs, interrupt
-from optuna.exceptions import StorageInternalError
+from machines import Machine, SharedStudy, faults_of_epochs, interrupt, new_machines, wait_for_the_middle
 
 from benchmarks.kills import front_faults, study_faults, tracking_faults
-from benchmarks.live_search import PATIENCE_S, Server, wait_for
-from search.studies.database import StudyError
+from benchmarks.live_search import EPOCHS, PATIENCE_S, Server, wait_for
+from benchmarks.postgres_server import PostgresServer
 from search.studies.records import StudyRecord
 from tracking.journal import MetricsRow, StartRow
-
-if TYPE_CHECKING:  # pytest imports it as a plugin
-    from postgres_server import PostgresServer
 
 pytest_plugins = ("postgres_server",)
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -39,41 +35,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
-    made: list[Machine] = []
-
-    def make(name: str) -> Machine:
-        made.append(Machine(tmp_path / name))
-        return made[-1]
-
-    yield make
-    for machine in made:
-        machine.clean_up()
-
-
-def database(server: "PostgresServer", name: str) -> str:
-    server.execute(f'CREATE DATABASE "{name}"')
-    return server.url(name)
+    with new_machines(tmp_path) as new:
+        yield new
 
 
 @pytest.fixture(scope="module")
-def undisturbed(postgres_server: "PostgresServer", tmp_path_factory: pytest.TempPathFactory) -> StudyRecord:
+def undisturbed(postgres_server: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> StudyRecord:
     """The same search on one machine that stays."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    machine = Machine(folder / "machine")
-    study = SharedStudy("undisturbed", database(postgres_server, "undisturbed"), folder / "shared")
-    try:
-        code, out, err = machine.run(study, TRIALS)
-    finally:
-        machine.clean_up()
+    study = SharedStudy("undisturbed", postgres_server.new_database("undisturbed"), folder / "shared")
+    with new_machines(folder) as new:
+        code, out, err = new("machine").run(study, TRIALS)
     assert code == 0, out + err
     return study.record
-
-
-def done(study: SharedStudy) -> int:
-    try:
-        return len(study.record.done)
-    except (StudyError, StorageInternalError):
-        return 0  # not made yet
 
 
 def runs_of(url: str, study: str) -> dict[str, list[Any]]:
@@ -91,17 +65,17 @@ def runs_of(url: str, study: str) -> dict[str, list[Any]]:
 @pytest.mark.parametrize("end", ["machine", "driver", "interrupt"])
 def test_another_machine_goes_on(
     end: str,
-    postgres_server: "PostgresServer",
+    postgres_server: PostgresServer,
     server: Server,
     undisturbed: StudyRecord,
     machines: Callable[[str], Machine],
     tmp_path: Path,
 ) -> None:
     name = f"elsewhere-{end}"
-    study = SharedStudy(name, database(postgres_server, name), tmp_path / "shared", server.url)
+    study = SharedStudy(name, postgres_server.new_database(name), tmp_path / "shared", server.url)
     here, there = machines("a"), machines("a-longer-name/with/another/depth")
     first = here.start(study, TRIALS)
-    wait_for(lambda: done(study) >= 1 and bool(study.in_the_middle()), "a trial is done and another is not")
+    wait_for_the_middle(study)
 
     code, out, err = there.run(study, TRIALS)
     assert (code, out) == (2, "")

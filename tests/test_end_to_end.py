@@ -24,7 +24,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from benchmarks.live_search import PATIENCE_S, LiveSearch, wait_for, workers_of
+from benchmarks.live_search import EPOCHS, PATIENCE_S, SMALL_TRIALS, LiveSearch, wait_for, workers_of
 from ccdist import checkpoint
 from ccdist.data import ImageSet, load_dataset
 from ccdist.networks import Network
@@ -39,15 +39,9 @@ from tracking.mlflow_tracker import MlflowTracker, local_store
 
 pytestmark = pytest.mark.timeout(500)
 
-# Trials of about two seconds: long enough to be killed in the middle, short enough to be many.
-EPOCHS = 16
 SETTINGS = [
     "resources.concurrency=2",
-    "network.width=32",
-    "data.train_images=600",
-    "data.validation_images=80",
-    "teacher.epochs=2",
-    f"student.epochs={EPOCHS}",
+    *SMALL_TRIALS,
     "stopping=false",  # what is stopped depends on who ends first; test_kills.py has the default
 ]
 # The second trial diverges: its weight of the L1 norm is beyond float32. Two others are recipes that train.

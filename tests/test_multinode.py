@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,8 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 def counting(task: TrialTask, dataset: Dataset, *, device: torch.device, reports: Reports) -> TrialResult:
     """In the place of a trial: writes down where it runs and when; the first one with a teacher lacks memory."""
-    log = task.places.folder.parents[1] / "uses.jsonl"
-    use = {"node": ray.get_runtime_context().get_node_id(), "teacher": task.recipe.needs_teacher, "key": task.key}
+    log, here = task.places.folder.parents[1] / "uses.jsonl", ray.get_runtime_context()
+    use = {"node": here.get_node_id(), "memory": here.get_assigned_resources().get("memory", 0), "key": task.key}
     append(log, use | {"change": 1})
     reports.advanced("student", 1, 2)
     deadline = time.monotonic() + 60
@@ -150,10 +150,10 @@ def counting(task: TrialTask, dataset: Dataset, *, device: torch.device, reports
         time.sleep(0.2)  # workers start one after the other: the first ones wait for company
     time.sleep(0.5)
     append(log, use | {"change": -1})
-    lacking = task.places.folder.parents[1] / "lacking"
-    if task.recipe.needs_teacher and not lacking.exists():
-        lacking.touch()
-        raise MemoryError("this trial is too large for its share")
+    if task.recipe.needs_teacher:
+        with suppress(FileExistsError):  # another one was the first
+            (task.places.folder.parents[1] / "lacking").touch(exist_ok=False)
+            raise MemoryError("this trial is too large for its share")
     return result(0.5, 0.5)
 
 
@@ -208,13 +208,11 @@ def test_nodes_are_never_over_subscribed_and_a_lack_of_memory_halves_a_class(nod
     ]
     (raised,) = stored_shares(storage).values()
     assert raised["memory_gb"] == pytest.approx(2 * MEMORY / 3 / 2**30)
-    # From the second one with a teacher that was started after that one on, only one ran at a time.
-    ended = next(n for n, row in enumerate(rows) if row["key"] == lacking.key and row["change"] == -1)
-    before = {row["key"] for row in rows[: ended + 1]}
-    later = [
-        row for row in rows[ended + 1 :] if row["teacher"] and (row["key"] not in before or row["key"] == lacking.key)
-    ]
-    assert most_at_once(later, lambda row: "teacher")["teacher"] == 1
+    # Of those that reserve as much, which were suggested after that, only one ran at a time.
+    later = [row for row in rows if row["memory"]]
+    assert [row["memory"] for row in later] == pytest.approx([2 * MEMORY / 3] * len(later), rel=0.01)
+    assert lacking.key in {row["key"] for row in later}
+    assert most_at_once(later, lambda row: "large")["large"] == 1
     assert {row["node"] for row in later} == {of_three.node_id}  # the small one has not as much
 
 

@@ -13,17 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import Machine, SharedStudy, faults_of_epochs, interrupt
+from machines import Machine, SharedStudy, faults_of_epochs, interrupt, new_machines, wait_for_the_middle
 from optuna.storages import InMemoryStorage
 from studies import FINGERPRINT, closed_form, config_of, open_study, result, space_of
 
 from benchmarks.kills import study_faults
 from benchmarks.live_search import PATIENCE_S, wait_for
+from benchmarks.postgres_server import PostgresServer
 from search.artifacts.disk_space import when_it_answers
 from search.artifacts.trial_files import TrialFiles
 from search.config import SearchConfig
@@ -35,9 +36,6 @@ from search.studies.records import RungValues, StudyRecord
 from search.studies.study_record import made_or_checked
 from search.study import Study, StudyError
 from search.suggestions.asking import Asker, Inline
-
-if TYPE_CHECKING:  # pytest imports it as a plugin
-    from postgres_server import PostgresServer
 
 pytest_plugins = ("postgres_server",)
 
@@ -184,6 +182,40 @@ def test_what_stays_away_ends_the_search_with_its_reason(
     assert [row.getMessage() for row in caplog.records] == ["gone before; the search waits for it"]
 
 
+def test_what_cannot_be_told_yet_is_asked_again(config: SearchConfig) -> None:
+    study = story(config, storage := BreakingStorage({}))
+    storage.breaks, storage.calls = {0: "before"}, 0
+    answers: list[bool | DatabaseAwayError] = [DatabaseAwayError("a session does not end"), True]
+
+    def regained() -> bool:
+        answer = answers.pop(0)
+        if isinstance(answer, DatabaseAwayError):
+            raise answer
+        return answer
+
+    study._storage._regained = regained
+    study.tell_failed(5, "x")
+    assert answers == []
+    assert study.trials()[5].state == "FAILED"
+
+
+def test_a_lock_that_could_not_be_looked_at_is_not_told_to_be_another_drivers(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(patience.time, "monotonic", lambda: now[0])
+    study = story(config, storage := BreakingStorage({}))
+    storage.breaks, storage.calls = {0: "before"}, 0
+
+    def waited() -> bool:
+        now[0] += 301
+        raise DatabaseAwayError("did not come back within 300 s")
+
+    study._storage._regained = waited
+    with pytest.raises(DatabaseAwayError, match="did not come back within 300 s"):
+        study.tell_failed(5, "x")
+
+
 def test_nothing_is_written_once_another_driver_may_have_come(config: SearchConfig) -> None:
     study = story(config, storage := BreakingStorage({}))
     storage.breaks, storage.calls = {0: "before"}, 0
@@ -309,29 +341,21 @@ TRIALS = 5
 
 
 @pytest.fixture
-def shared(postgres_server: "PostgresServer", tmp_path: Path, request: pytest.FixtureRequest) -> SharedStudy:
-    name = f"outage-{tmp_path.name}"
-    postgres_server.execute(f'CREATE DATABASE "{name}"')
-    return SharedStudy("outage", postgres_server.url(name), tmp_path / "shared")
+def shared(postgres_server: PostgresServer, tmp_path: Path) -> SharedStudy:
+    if not postgres_server.runs:  # a test has failed during its outage
+        postgres_server.start()
+    return SharedStudy("outage", postgres_server.new_database(f"outage-{tmp_path.name}"), tmp_path / "shared")
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
-    machine = Machine(tmp_path / "machine")
-    yield machine
-    machine.clean_up()
+def machines(tmp_path: Path) -> Iterator[Callable[[str], Machine]]:
+    with new_machines(tmp_path) as new:
+        yield new
 
 
-def wait_for_the_middle(study: SharedStudy) -> None:
-    """One trial is done, and another has come half the way."""
-
-    def is_there() -> bool:
-        try:
-            return len(study.record.done) >= 1 and bool(study.in_the_middle())
-        except StudyError:
-            return False  # not made yet
-
-    wait_for(is_there, "a trial is done and another is not")
+@pytest.fixture
+def machine(machines: Callable[[str], Machine]) -> Machine:
+    return machines("machine")
 
 
 def faults_of(study: SharedStudy, trials: int = TRIALS) -> list[str]:
@@ -343,7 +367,7 @@ def faults_of(study: SharedStudy, trials: int = TRIALS) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_search_outlives_a_restart_of_its_database(
-    shared: SharedStudy, machine: Machine, postgres_server: "PostgresServer"
+    shared: SharedStudy, machine: Machine, postgres_server: PostgresServer
 ) -> None:
     driver = machine.start(shared, TRIALS)
     wait_for_the_middle(shared)
@@ -369,7 +393,11 @@ def test_a_search_outlives_a_restart_of_its_database(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_driver_that_finds_another_one_after_an_outage_ends(
-    shared: SharedStudy, machine: Machine, postgres_server: "PostgresServer", tmp_path: Path
+    shared: SharedStudy,
+    machine: Machine,
+    machines: Callable[[str], Machine],
+    postgres_server: PostgresServer,
+    tmp_path: Path,
 ) -> None:
     """It was asleep when the database came back. The other shares nothing but the database with it."""
     driver = machine.start(shared, TRIALS)
@@ -377,17 +405,11 @@ def test_a_driver_that_finds_another_one_after_an_outage_ends(
     postgres_server.stop()
     driver.send_signal(signal.SIGSTOP)
     postgres_server.start()
-    other = Machine(tmp_path / "other")
-    elsewhere = replace(shared, artifacts=tmp_path / "elsewhere")
-    try:
-        code, out, err = other.run(elsewhere, TRIALS)
-        assert code == 0, out + err
-        before = shared.record
-        driver.send_signal(signal.SIGCONT)
-        out, err = driver.communicate(timeout=PATIENCE_S)
-    finally:
-        driver.send_signal(signal.SIGCONT)
-        other.clean_up()
+    code, out, err = machines("other").run(replace(shared, artifacts=tmp_path / "elsewhere"), TRIALS)
+    assert code == 0, out + err
+    before = shared.record
+    driver.send_signal(signal.SIGCONT)
+    out, err = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 3, out + err
     assert re.search(r"error: .*the lock on (the study|study outage) was lost", err)
     assert shared.record == before
@@ -397,13 +419,13 @@ def test_a_driver_that_finds_another_one_after_an_outage_ends(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ctrl_c_ends_a_search_that_waits_for_its_database(
-    shared: SharedStudy, machine: Machine, postgres_server: "PostgresServer"
+    shared: SharedStudy, machine: Machine, postgres_server: PostgresServer
 ) -> None:
     driver = machine.start(shared, TRIALS)
     wait_for_the_middle(shared)
     postgres_server.stop()
     assert driver.stderr is not None
-    assert "is away (" in driver.stderr.readline()
+    assert any("is away (" in line for line in driver.stderr)  # read no further than that
     began = time.monotonic()
     interrupt(driver)
     out, err = driver.communicate(timeout=PATIENCE_S)

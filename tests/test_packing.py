@@ -3,10 +3,12 @@
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,6 +40,7 @@ from search.sharing.packing import (
     explore,
     in_yaml,
     levels,
+    memory_setting,
     settings,
     table,
 )
@@ -49,9 +52,10 @@ from search.sharing.probe import (
     rungs,
     training_part,
     trial_samples,
+    typical,
 )
 from search.sharing.side_by_side import Copies, measure_packing, this_machine
-from search.sharing.side_process import Part
+from search.sharing.side_process import ALONE, Part, serve
 
 pytestmark = pytest.mark.timeout(60)  # the first training of a process pays for imports
 
@@ -279,13 +283,14 @@ def test_the_command_prints_its_proposal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     space = write_space(tmp_path / "space.yaml", tree(resources={"cpu": 1, "gpu": 1}))
-    there = machine(8, 60, 80)
+    there = replace(machine(8, 60, 80), load=0.3)
     best = Measured(Level(4, 2, 0.25), (Reading(40.0, 0.5, 0.8, GIB),))
     packed = Packing(there, (usage(2, 8), usage(3, 16, name="largest corner: mlp, width 9")), Exploration(), best)
     packed.exploration.measured.append(best)
     packed.exploration.ended = "8 at once did less than fewer"
     monkeypatch.setattr(pack, "measure_packing", lambda *_, **__: packed)
     monkeypatch.setattr(pack, "this_machine", lambda *_: there)
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.0, 7.0, 7.0))  # what the measurement makes of it
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert pack.main([str(space)]) == 0
     printed = capsys.readouterr().out
@@ -295,7 +300,10 @@ def test_the_command_prints_its_proposal(
     assert "its cap: 20 GiB; a trial that needs more fails" in printed
     assert "most trials an hour: 4 at once; --set resources.gpu=0.25 --set resources.cpu=2\n" in printed
     assert "in the space file: resources: {cpu: 2, gpu: 0.25}" in printed
-    assert "--set resources.memory_gb=3.3" in printed
+    assert "--set resources.memory_gb=3.3\n" in printed
+    assert "60 GiB of memory free, load 0.3 before\n" in printed
+    for host, asked in ((95, 104.5), (0.83, 0.92), (10, 11)):  # a tenth more, never less
+        assert memory_setting(round(host * GIB)) == f"--set resources.memory_gb={asked}"
 
 
 def test_one_level_for_want_of_time_proposes_nothing() -> None:
@@ -380,13 +388,19 @@ def test_the_largest_corner_is_named(tmp_path: Path) -> None:
     corner = largest_corner(space_of(config), dataset)
     assert corner is not None
     assert (corner["width"], corner["batch_size"], corner["loss"]) == (32, 128, "cc_dist")
-    typical, largest = trial_samples(space_of(config), dataset)
+    first, largest = trial_samples(space_of(config), dataset)
     assert largest is not None
-    assert (typical.name, largest.name) == (
+    assert (first.name, largest.name) == (
         "first point: mlp, width 4, batches of 32",
         "largest corner: mlp, width 32, batches of 128",
     )
     assert largest.teacher_steps == 20  # the network is searched, so each trial trains a teacher of its own
+
+
+def test_the_first_point_that_says_enough_is_typical(tmp_path: Path) -> None:
+    enough = {"loss": "cc_dist", "alpha": 0.5, "beta": 5, "warm_up": 0, "steps": 2}
+    assert typical(space_of(config_of(tmp_path, search__points=[{}, {"alpha": 0.1}, enough]))) == enough
+    assert typical(space_of(config_of(tmp_path, search__points=[{"alpha": 0.1}])))["alpha"] != 0.1  # a corner
 
 
 def test_the_peak_of_memory_begins_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -404,15 +418,74 @@ def test_the_peak_of_memory_begins_anew(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert peak_memory() == pytest.approx(before, rel=0.1)
 
 
-def test_memory_of_a_control_group_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(device_usage, "_GROUP", tmp_path)
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+@pytest.mark.parametrize(
+    ("line", "mount", "names"), [("0::/slurm/job_7", "", V2), ("4:memory:/slurm/job_7", "memory", V1)]
+)
+def test_memory_of_the_control_groups_around_a_process_counts(
+    line: str, mount: str, names: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    proc, root = tmp_path / "proc", tmp_path / "groups"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").symlink_to("/proc/meminfo")
+    (proc / "self" / "cgroup").write_text(f"5:devices:/elsewhere\n{line}\n1:name=systemd:/x\n")
+    monkeypatch.setattr(device_usage, "_PROC", proc)
+    monkeypatch.setattr(device_usage, "_GROUPS", root)
     machine_memory = host_memory()
     assert 0 < machine_memory.free <= machine_memory.total
-    (tmp_path / "memory.current").write_text("30000000\n")
-    (tmp_path / "memory.max").write_text("max\n")
+
+    def group(path: str, limit: str, held: int, caches: int) -> None:
+        folder = root / mount / path
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, told in zip(names, (limit, held), strict=False):
+            (folder / name).write_text(f"{told}\n")
+        (folder / "memory.stat").write_text(f"anon 7\n{names[2]} {caches}\nactive_file 9\n")
+
+    mib = 2**20
+    group("slurm/job_7", "max" if mount == "" else str(2**63 - 4096), 30 * mib, 0)
     assert host_memory().total == machine_memory.total
-    (tmp_path / "memory.max").write_text("100000000\n")
-    assert (host_memory().total, host_memory().free) == (100_000_000, 70_000_000)
+    group("slurm", str(100 * mib), 70 * mib, 60 * mib)  # of the group around it
+    assert host_memory() == device_usage.HostMemory(100 * mib, 90 * mib)
+    group("slurm/job_7", str(80 * mib), 30 * mib, 5 * mib)
+    assert host_memory() == device_usage.HostMemory(80 * mib, 55 * mib)
+    group("", str(40 * mib), 39 * mib, 0)  # as a container sees its own one, whatever it is called outside
+    assert host_memory() == device_usage.HostMemory(40 * mib, 1 * mib)
+
+
+@pytest.fixture
+def limited() -> Iterator[Path]:
+    """A real control group that may hold 200 MiB, with one in it that says nothing."""
+    own = next((line for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line), None)
+    outer = Path(f"/sys/fs/cgroup/memory{own.rpartition(':')[2]}") / f"ccdist-{os.getpid()}" if own else Path("/none")
+    try:
+        (outer / "inner").mkdir(parents=True)
+        (outer / "memory.limit_in_bytes").write_text(str(200 * 2**20))
+    except OSError:
+        pytest.skip("needs the right to make control groups of version 1")
+    yield outer
+    for group in (outer / "inner", outer):
+        group.rmdir()
+
+
+def test_memory_of_a_real_control_group(limited: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its process has written 64 MiB of files, which lie in the caches of the group."""
+    script = f"echo $$ > {limited}/inner/cgroup.procs; dd if=/dev/zero of={tmp_path}/file bs=1M count=64 2> /dev/null"
+    with subprocess.Popen(
+        ["sh", "-c", f"{script}; echo; read _"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as there:
+        assert there.stdin is not None
+        assert there.stdout is not None
+        assert there.stdout.readline()
+        (tmp_path / "self").symlink_to(f"/proc/{there.pid}")
+        (tmp_path / "meminfo").symlink_to("/proc/meminfo")
+        monkeypatch.setattr(device_usage, "_PROC", tmp_path)
+        found = host_memory()
+        there.stdin.close()
+    assert found.total == 200 * 2**20
+    assert 180 * 2**20 < found.free <= found.total
 
 
 def test_what_gpus_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -428,8 +501,9 @@ def test_what_gpus_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_machine_without_a_gpu_shares_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.7, 9.0, 9.0))
     found = this_machine(config.resources, 1000)
-    assert (found.cores, found.gpu) == (len(os.sched_getaffinity(0)), "")
+    assert (found.cores, found.gpu, found.load) == (len(os.sched_getaffinity(0)), "", 1.7)
     assert this_machine(config.resources, 0, cores=3).cores == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -437,7 +511,7 @@ def test_a_machine_without_a_gpu_shares_its_cores(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(side_by_side, "host_memory", lambda: device_usage.HostMemory(1000 * GIB, 800 * GIB))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     there = this_machine(config_of(tmp_path, resources={"gpu": 1}).resources, 0)
-    assert there == Machine(8, 200 * GIB, "H200", 140 * GIB, 100 * GIB)
+    assert there == Machine(8, 200 * GIB, "H200", 140 * GIB, 100 * GIB, 1.7)
     assert this_machine(config.resources, 0).gpu == ""  # resources.gpu is 0
 
 
@@ -507,9 +581,66 @@ def test_two_real_processes(copies: Copies) -> None:
     process = copies._running[0][0]
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
+    process.join()
     with pytest.raises(OutOfMemoryHere, match="a process was killed"):
         copies.read(Level(2, 1), alone)
     assert copies.read(Level(1, 1), alone).per_hour > 0
+
+
+@dataclass
+class Ended:
+    """In place of a process that has ended so."""
+
+    exitcode: int
+
+    def join(self, timeout: float | None = None) -> None:
+        pass
+
+    def terminate(self) -> None:
+        pass
+
+    def is_alive(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "told"),
+    [
+        (("failed", (True, "CUDA out of memory")), 0, OutOfMemoryHere("CUDA out of memory")),
+        (("failed", (False, "diverges")), 0, PackingError("a trial fails: diverges")),
+        (None, -9, OutOfMemoryHere("a process was killed, as the system does when memory runs out")),
+        (None, 1, PackingError("a process of the measurement ended with exit code 1")),
+    ],
+)
+def test_a_copy_that_is_gone_is_no_traceback(last: object, code: int, told: Exception, sample: TrialSample) -> None:
+    """Also when it has gone before anything was asked of it."""
+    for ask in (lambda pool: pool.alone(Level(1, 1)), lambda pool: pool.read(Level(1, 1), usage())):
+        pool, (ours, theirs) = Copies(sample, lambda: 5.0), multiprocessing.Pipe()
+        if last is not None:
+            theirs.send(last)
+        theirs.close()
+        pool._running.append((Ended(code), ours))  # type: ignore[arg-type]
+        with pytest.raises(type(told)) as caught:
+            ask(pool)
+        assert str(caught.value) == str(told)
+        assert pool._running == []
+
+
+def test_an_error_of_the_system_in_a_trial_is_told(sample: TrialSample, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not the end of the measurement, which is an error of the system, too."""
+
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("search.sharing.side_process.measure_trial", no_room)
+    monkeypatch.setattr("search.worker.prepare_process", lambda _: CPU)
+    ours, theirs = multiprocessing.Pipe()
+    ours.send((ALONE, Level(1, 1).resources))
+    serve(theirs, pickle.dumps(sample))
+    assert ours.recv() == ("failed", (False, "[Errno 28] No space left on device"))
+    ours.close()
+    serve(theirs, pickle.dumps(sample))
+    theirs.close()
 
 
 @pytest.mark.slow

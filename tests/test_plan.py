@@ -17,7 +17,7 @@ COST = TrialCost(teacher=100.0, student=50.0, verification=10.0, weights=1_000_0
 
 def lines_of(folder: Path, **changes: object) -> list[str]:
     config = config_of(folder, **changes)
-    storage = Storage.of(config, str(folder / "storage"))
+    storage = Storage.of(config, None if "storage" in changes else str(folder / "storage"))
     return list(plan_lines(config, Space(config), storage, load_dataset(config.data), None, COST, slots=2))
 
 
@@ -39,6 +39,16 @@ def test_the_plan_counts_trials_teachers_hours_and_bytes(tmp_path: Path) -> None
 def test_copies_of_the_weights_are_counted(tmp_path: Path, tracking: dict[str, object], size: str) -> None:
     """8 trials of 4 MB: the student; with MLflow its program; in a store of one's own student, program, extra files."""
     assert f"disk: about {size} in the end" in "\n".join(lines_of(tmp_path, tracking=tracking))
+
+
+def test_what_goes_into_an_object_store_is_said_to(tmp_path: Path) -> None:
+    """8 trials of 4 MB: student and program there; here three copies more, in MLflow's local store."""
+    lines = lines_of(tmp_path, storage={"artifacts": "s3://bucket/ccdist"})
+    assert lines[0] == "study tiny (new) in s3://bucket/ccdist; nothing is started or written"
+    assert lines[-1] == (
+        "in the store: about 65 MB in the end, and 24 MB while trials run; disk of this machine, with its copies of "
+        "the artefacts: at most about 161 MB"
+    )
 
 
 def test_a_teacher_that_is_searched_is_paid_for_by_every_trial(tmp_path: Path) -> None:

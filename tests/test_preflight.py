@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,15 @@ from typing import Any, ClassVar
 
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
+from ray_heads import HOST, PORT, needs_namespaces, ray_head
 from studies import empty_database, tree, write_space
 
 from ccdist.device_usage import Gpu, Usage
-from search import doctor, pack
+from search import doctor, front, pack
 from search.clusters import cluster_checkup, node_probes
+from search.clusters.addresses import ClusterError
 from search.clusters.cluster_checkup import Examined, check_database, check_tracking
 from search.clusters.node_probes import (
     Clock,
@@ -35,9 +39,11 @@ from search.clusters.node_probes import (
 )
 from search.clusters.preflight import ClusterView, cluster_findings, memory_findings, slots_of, summary
 from search.clusters.reach import Finding as Reach
+from search.clusters.reach import survey
 from search.config import ResourcesConfig
 from search.sharing.packing import GIB
 from search.sharing.probe import TrialUsage
+from search.storage import Storage
 from search.studies.consistency import Finding
 
 pytestmark = pytest.mark.timeout(30)  # the first test pays for importing Ray
@@ -62,6 +68,7 @@ def view(*answers: NodeAnswer, **changes: Any) -> ClusterView:
         "description": "Ray cluster at 10.0.0.1:6379",
         "driver": FACTS,
         "answers": answers,
+        "artifacts": Path("/shared/artifacts"),
         "reach": [Reach(answer.node.name, None, {}) for answer in answers],
         "usages": [],
         "tokens": True,
@@ -139,12 +146,72 @@ def test_a_shared_cluster_without_tokens_is_broken() -> None:
     (told,) = broken(view(NodeAnswer(node(), FACTS), tokens=False))
     assert told.startswith("tokens: Ray asks for none: whoever reaches the head's ports runs code on every node; put")
     assert broken(view(NodeAnswer(node(), FACTS), tokens=False, is_shared=False)) == []
+    (told,) = broken(view(NodeAnswer(node(), FACTS), tokens=None))
+    assert told == "tokens: the head did not say in time whether it asks for its token; look again"
 
 
 def test_nodes_that_do_not_see_the_artefacts_are_named() -> None:
     reach = [Reach("host1 (10.0.0.1)", None, {}), Reach("host2 (10.0.0.2)", "it has none", {})]
     (told,) = broken(view(NodeAnswer(node(1), FACTS), NodeAnswer(node(2), FACTS), reach=reach))
     assert told.startswith("host2 (10.0.0.2): does not reach the artefacts: it has none; mount one folder there on")
+    reach = [Reach("host1 (10.0.0.1)", "storage s3://b/f cannot be used (403)", {})]
+    (told,) = broken(view(NodeAnswer(node(1), FACTS), reach=reach, artifacts="s3://b/f"))
+    assert told == (
+        "host1 (10.0.0.1): does not reach the artefacts: storage s3://b/f cannot be used (403); give the node the "
+        "rights to read and write there, or correct storage.artifacts"
+    )
+
+
+def test_a_cluster_on_which_no_trial_fits_yet_is_not_well() -> None:
+    """Its GPU node has gone to sleep: nothing was measured, whatever `concurrency` says."""
+    asked = ResourcesConfig(cpu=2, gpu=0.25, concurrency=128)
+    (told,) = broken(view(NodeAnswer(node(), FACTS)), asked)
+    assert told.startswith("trials: a trial asks for 2 CPUs and 0.25 GPUs, and no node that is there has as many, so ")
+    assert "start one first, on a cluster whose nodes come on demand by a job that asks for a GPU" in told
+    assert broken(view(NodeAnswer(node(), FACTS), NodeAnswer(node(2, gpus=1), FACTS)), asked) == []
+
+
+def test_nothing_is_packed_where_no_node_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(node_probes, "connected", lambda *_: nullcontext())
+    monkeypatch.setattr(node_probes, "living_nodes", lambda: [node()])
+    space = str(write_space(tmp_path / "space.yaml", tree()))
+    assert pack.main([space, "--address", "a:1", "--set", "resources.gpu=1"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: a trial asks for 1 CPUs and 1 GPUs, and no node that is there has as many; ")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "resources", "text"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out\nof memory"),
+            RESOURCES,
+            "(CUDA out of memory); set resources.memory_gb high",
+        ),
+        (
+            MemoryError("no"),
+            ResourcesConfig(gpu=0.5),
+            "it runs out of memory (no); set resources.gpu higher, or a batch",
+        ),
+        (ValueError("no such\nlayer"), RESOURCES, "ValueError: no such layer"),
+    ],
+)
+def test_why_a_trial_was_not_measured(
+    error: Exception, resources: ResourcesConfig, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(node_probes, "prepare_process", failing)
+    told = node_probes._measured(None, resources)  # type: ignore[arg-type]
+    assert text in str(told)
+    assert "idle" not in str(told)
+    (said,) = broken(view(NodeAnswer(node(gpus=1), FACTS), usages=[(node(gpus=1), told)]), resources)
+    assert said == f"a trial on host1 (10.0.0.1): {told}"
 
 
 def test_one_node_of_each_kind_that_can_hold_a_trial() -> None:
@@ -170,7 +237,7 @@ def test_trials_at_once_and_an_hour() -> None:
     half = view(*answers, usages=[(node(1), usage()), (node(3, 16), "no answer within 9 s: other work holds it")])
     assert summary(half, RESOURCES).endswith("was not measured")
     (told,) = broken(half)
-    assert told.startswith("a trial on host3 (10.0.0.3): no answer within 9 s: other work holds it; wait until it is")
+    assert told == "a trial on host3 (10.0.0.3): no answer within 9 s: other work holds it"
 
 
 def test_memory_that_holds_fewer_trials_than_cores() -> None:
@@ -263,6 +330,26 @@ def test_a_study_database_that_is_there_or_will_be(tmp_path: Path) -> None:
     for name in ("study.db", "new/folder/study.db"):
         assert check_database(f"sqlite:///{tmp_path}/{name}").fine
     assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_are_closed_to_this_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "closed" / "runs").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    runs, user = tmp_path / "closed" / "runs", os.geteuid()
+    if user == 0:  # to whom nothing is closed
+        os.setresuid(65534, 65534, user)
+    try:
+        found = check_database(f"sqlite:///{runs}/study.db")
+        with cluster_checkup._nothing_left(Storage(runs, "", runs / "artifacts", None)), pytest.raises(ClusterError):
+            survey(runs / "artifacts")
+        codes = [command.main(["tiny", "--storage", str(runs)]) for command in (doctor, front)]
+    finally:
+        os.setresuid(user, user, user)
+        (tmp_path / "closed").chmod(0o700)
+    assert not found.fine
+    assert f"study database {runs}/study.db cannot be written (" in found.text
+    assert codes == [2, 2]
+    assert capsys.readouterr().err == f"error: study database {runs}/study.db cannot be read (Permission denied)\n" * 2
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -409,3 +496,18 @@ def test_a_real_cluster(
         os.kill(raylet.process.pid, signal.SIGCONT)
     assert len(answers) == 3
     assert [answer.facts for answer in answers if isinstance(answer.facts, str)] == ["no answer within 20 s"]
+
+
+ASKED = f"from search.clusters.addresses import asks_for_token; print(asks_for_token('{HOST}:{PORT}'))"
+
+
+@needs_namespaces
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("token", [None, "a" * 64])
+def test_whether_a_real_head_asks_for_its_token(token: str | None, tmp_path: Path) -> None:
+    """Whatever this process says of itself: a driver with a token is let in by a head that asks for none."""
+    with ray_head(tmp_path / "head", token=token, dashboard=False) as head:
+        for mode in ("token", "disabled"):
+            told = head.run("python", "-c", ASKED, RAY_AUTH_MODE=mode, RAY_AUTH_TOKEN="a" * 64)
+            assert told.stdout == f"{token is not None}\n", told.stderr

@@ -27,6 +27,7 @@ import pytest
 import yaml
 from netlab import HOME, OUTSIDE, SSH_KEY, Lab, Machine, Plan, Process, lab, what_is_missing
 
+from benchmarks.live_search import EPOCHS, SMALL_TRIALS, wait_for
 from ccdist import checkpoint
 from search.artifacts.places import TrialPlaces, load_result
 from search.studies.records import StudyRecord
@@ -36,15 +37,11 @@ ROOT = Path(__file__).parent.parent
 CLUSTER_FILE = ROOT / "docs/clusters/local.yaml"
 BIN, UV = Path(sys.prefix) / "bin", Path(sys.prefix).parent / ".uv"  # as `make setup` leaves them
 
-TRIALS, EPOCHS, CPUS = 8, 16, 2
+TRIALS, CPUS = 8, 2
 SHARED, PACKAGES = "/srv", "/mnt"  # where the machines see the shared folder and the registry's stand-in
 SETTINGS = [
     f"storage.artifacts={SHARED}/ccdist",
-    "network.width=32",  # small trials: the pretend machines share the real cores
-    "data.train_images=600",
-    "data.validation_images=80",
-    "teacher.epochs=2",
-    f"student.epochs={EPOCHS}",
+    *SMALL_TRIALS,  # the pretend machines share the real cores
     f"resources.cpu={CPUS}",
     "resources.concurrency=3",  # one for each machine
 ]
@@ -88,6 +85,9 @@ def test_a_machine_with_a_public_address_is_refused_unless_it_has_a_firewall(tmp
         assert refused.returncode == 1
         assert refused.stderr == f"error: this machine has the public address {public}; see setup_commands\n"
         assert checked(f"{private} {public}", CCDIST_FIREWALLED="1").returncode == 0
+    silent = checked("")
+    assert silent.returncode == 1
+    assert silent.stderr == "error: this machine does not say its addresses (hostname -I); see setup_commands\n"
 
 
 # ---- The lab ---------------------------------------------------------------------------------------------------------
@@ -98,6 +98,7 @@ def needs_a_lab() -> None:
         pytest.skip(f"no pretend machines here: {missing}")
 
 
+@pytest.mark.timeout(60)
 def test_nothing_of_a_lab_outlives_its_process(tmp_path: Path) -> None:
     needs_a_lab()
     program = (
@@ -111,20 +112,21 @@ def test_nothing_of_a_lab_outlives_its_process(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
         owner = subprocess.Popen(
-            [sys.executable, "-c", program], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True,
-            stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", program], cwd=Path(__file__).parent, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
-        with owner:
+        try:
             assert owner.stdout is not None
             places = [os.readlink(f"/proc/{first}/ns/net") for first in owner.stdout.readline().split()]
             assert len(set(places)) == 2
-            assert in_networks(places) >= 4
+            # unshare's child and what was started, on each; each of the latter has a shell
+            wait_for(lambda there=places: in_networks(there) >= 6, "both run what they were told to", 20)
             owner.send_signal(end)
             owner.wait(timeout=20)
-        deadline = time.monotonic() + 3
-        while in_networks(places) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert in_networks(places) == 0
+        finally:
+            owner.kill()
+            owner.communicate()
+        wait_for(lambda there=places: in_networks(there) == 0, "nothing of it lives", 3)
 
 
 def in_networks(places: list[str]) -> int:
@@ -230,10 +232,10 @@ class Cluster:
         return f"export PATH={BIN}:$PATH RAY_USAGE_STATS_ENABLED=0 COLUMNS=200; cd {ROOT} && ray {command}"
 
     def wait_for_machines(self) -> None:
-        deadline = time.monotonic() + 120
-        while " 3 local.cluster.node" not in self.ray("exec ~/local.yaml 'ray status'"):
-            assert time.monotonic() < deadline, self.said["exec"]
-            time.sleep(2)
+        def are_there() -> bool:
+            return " 3 local.cluster.node" in self.ray("exec ~/local.yaml 'ray status'")
+
+        wait_for(are_there, "all machines are there", 120, lambda: self.said["exec"])
 
     def lock_holders(self) -> dict[str, int]:
         """Trial -> process that holds its lock, as the kernel tells it: who runs what at this moment."""

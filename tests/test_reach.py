@@ -3,8 +3,6 @@
 import os
 import signal
 import subprocess
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 from ray_heads import HOST, PORT, Head, needs_namespaces, only_child, ray_head
 from studies import tree, write_space
 
+from benchmarks.live_search import wait_for
 from search.artifacts import artifact_place
 from search.artifacts.disk_space import StorageAwayError
 from search.artifacts.workplace import Workplace
@@ -101,6 +100,12 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         check_nodes(tmp_path / "file")
 
 
+def test_what_goes_wrong_behind_it_is_not_the_folders(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"^of the nodes$"), reach._left_there(tmp_path):
+        raise OSError("of the nodes")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_each_node_tries_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
     monkeypatch.setattr(artifact_place, "probe", tried.append)
@@ -115,7 +120,6 @@ def test_each_node_tries_an_object_store(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_worker_makes_no_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sight, "MOUNT_S", 0.0)
-    monkeypatch.setattr(sight.check_sight, "__defaults__", (0.0,))
     workplace = Workplace(str(tmp_path), "tiny", identifier="0123")
     with pytest.raises(StorageAwayError, match=r"node \S+ does not see the study's folder .*; mount it there"):
         workplace.trial("tiny-0000", 0, None).__enter__()  # type: ignore[arg-type]
@@ -130,12 +134,15 @@ def test_a_worker_makes_no_folder_of_its_own(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_mount_that_is_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sight, "_LOOK_S", 0.05)
-    appearing = threading.Timer(0.2, lambda: (tmp_path / sight.STUDY_MARK).write_text("0123"))
-    appearing.start()
-    started = time.monotonic()
-    sight.check_sight(tmp_path, "0123", 10.0)
-    assert 0.1 < time.monotonic() - started < 5
+    slept = []
+
+    def mounted(seconds: float) -> None:
+        slept.append(seconds)
+        (tmp_path / sight.STUDY_MARK).write_text("0123")
+
+    monkeypatch.setattr(sight.time, "sleep", mounted)
+    sight.check_sight(tmp_path, "0123")
+    assert slept == [sight._LOOK_S]
 
 
 # ---- Real nodes ----------------------------------------------------------------------------------------------------
@@ -177,6 +184,4 @@ def _end(node: subprocess.Popen[str]) -> None:
 
 def _wait_for_nodes(head: Head, number: int) -> None:
     count = "import ray; ray.init('auto', log_to_driver=False); print(sum(node['Alive'] for node in ray.nodes()))"
-    until = time.monotonic() + 90
-    while (found := head.run("python", "-c", count).stdout.strip()) != str(number):
-        assert time.monotonic() < until, f"{found} nodes"
+    wait_for(lambda: head.run("python", "-c", count).stdout.strip() == str(number), f"there are {number} nodes", 90)

@@ -280,8 +280,10 @@ def test_only_trials_that_have_not_started_are_taken_back(capsys: pytest.Capture
 
     states = {"a": "RUNNING", "b": "PENDING", "c": "TERMINATED", "d": "PENDING", "e": "PENDING"}
     trials = [SimpleNamespace(trial_id=name, status=status) for name, status in states.items()]
-    controller = SimpleNamespace(get_trials=lambda: trials, stop_trial=stop)
+    controller = SimpleNamespace(stop_trial=stop)  # not get_trials: a search of 100,000 has as many, at each step
     scheduler = StudyScheduler(cast(Any, None))
+    for trial in trials:
+        scheduler.on_trial_add(controller, trial)
     assert scheduler.choose_trial_to_run(controller) is trials[1]
     assert stopped == []
     scheduler.taken_back |= {"b", "a"}
@@ -291,3 +293,4 @@ def test_only_trials_that_have_not_started_are_taken_back(capsys: pytest.Capture
     assert scheduler.choose_trial_to_run(controller) is None
     assert stopped == ["b", "d", "e"]
     assert capsys.readouterr().out == ""
+    assert not scheduler._queue

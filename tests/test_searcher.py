@@ -22,6 +22,7 @@ from search.pareto import hypervolume
 from search.scheduling.budget import Budget
 from search.scheduling.waiting import RETRY_S, TeacherQueue
 from search.searcher import StudySearcher, allowed_failures
+from search.studies.database import DatabaseAwayError
 from search.studies.driver_lock import DriverLock
 from search.studies.records import RungValues, TrialResult
 from search.study import Assignment, Study
@@ -315,6 +316,27 @@ def test_failures_of_an_earlier_driver_count(study: Study, log: Log) -> None:
     assert study.num_failed() == 4
 
 
+@pytest.mark.parametrize("given_up", [True, False])
+def test_a_failure_is_told_once_it_is_in_the_files(study: Study, log: Log, tmp_path: Path, given_up: bool) -> None:
+    """A driver that dies in between leaves a trial that goes on, not one that nobody looks at again."""
+    told: list[str] = []
+
+    class Watching(FakeFiles):
+        def end_failed(self, key: str, reason: str, *, silent: bool) -> None:
+            told.append(states(opened)[-1])
+
+    opened = study
+    if given_up:
+        study.tell(study.ask().number, result())
+        study.ask()
+        opened = open_study(config_of(tmp_path), tmp_path / "study.db")
+    searcher = searcher_of(opened, log, target=1, slots=1, files=Watching())
+    drive(searcher, lambda suggestion: failed("d"), 1)
+    assert "RUNNING" in told
+    assert "FAILED" not in told
+    assert "FAILED" in states(opened)
+
+
 @pytest.mark.parametrize(
     ("last", "error"),
     [
@@ -549,6 +571,22 @@ def test_spent_accelerator_hours_start_nothing_more(study: Study, log: Log) -> N
     assert searcher.budget_reason == "the budget of 0.00138889 accelerator-hours is spent"
 
 
+def test_between_two_changes_nothing_is_counted_again(study: Study, log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune asks after each report, which in a large search is thousands of times a second."""
+    searcher = searcher_of(study, log, accelerator_hours=3.5 / 3600)
+    for trial_id in ("tune0", "tune1", "tune2"):
+        searcher.suggest(trial_id)
+    with monkeypatch.context() as patched:
+        patched.setattr("search.scheduling.budget.accelerator_hours", lambda *_: 1 / 0)
+        patched.setattr(searcher._retries, "_running", None)
+        assert [searcher.suggest("tune2") for _ in range(3)] == [None] * 3
+    assert searcher.stop_reason is None
+    for trial_id in ("tune0", "tune1"):
+        searcher.on_trial_complete(trial_id, complete(result(0.6, 0.4)))  # 3 s
+    assert searcher.suggest("tune2") == StudySearcher.FINISHED
+    assert searcher.budget_reason is not None
+
+
 def test_a_full_disk_pauses_the_search_with_one_line(tmp_path: Path, study: Study, log: Log) -> None:
     searcher = searcher_of(study, log, slots=1)
     searcher.suggest("tune0")
@@ -751,16 +789,25 @@ def test_journals_of_a_study_whose_lock_was_lost_are_left_to_its_other_driver(
     assert [status for *_, status in closed] == ["KILLED"]
 
 
-def test_a_driver_that_lost_its_lock_writes_nothing_more(tmp_path: Path, study: Study, log: Log) -> None:
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_driver_that_lost_its_lock_writes_nothing_more(tmp_path: Path, study: Study, log: Log, is_away: bool) -> None:
+    """To another driver, or with a database that stays away."""
     held, scheduler = [True], FakeScheduler()
-    searcher = searcher_of(study, log, scheduler=scheduler, is_only_driver=lambda: held[0])
+
+    def is_held() -> bool:
+        if is_away and not held[0] and not scheduler.is_halted:
+            raise DatabaseAwayError("study database x did not come back within 300 s")
+        return held[0]
+
+    searcher = searcher_of(study, log, scheduler=scheduler, is_only_driver=is_held)
     suggestion = Suggestion.from_config(searcher.suggest("tune0"))
     held[0] = False
     assert searcher.suggest("tune1") is None
     assert scheduler.is_halted
     searcher.on_trial_complete("tune0", succeed(suggestion))
     assert searcher.suggest("tune1") == StudySearcher.FINISHED
-    assert searcher.stop_reason == "the lock on study tiny was lost, and another driver may have it"
+    away, lost = "study database x did not come back within 300 s; nothing is lost", "the lock on study tiny was lost, "
+    assert searcher.stop_reason == (away if is_away else f"{lost}and another driver may have it")
     assert open_study(config_of(tmp_path), tmp_path / "study.db").unfinished() == [0]
 
 

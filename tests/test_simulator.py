@@ -4,6 +4,8 @@ import itertools
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +23,21 @@ from simulated import (
 )
 from studies import config_of
 
+from search.attempts.deaths import OTHER_DEATHS, lost_seconds
 from search.config import SearchConfig
 from search.recipe import derive_seed
 from search.scheduler import StudyScheduler
+from search.scheduling.budget import accelerator_hours
 from search.simulation.curve_tables import CurveTableError, read_curves
 from search.simulation.curves import CurveWorkload
 from search.simulation.hardware import Hardware
 from search.simulation.recorded import RecordedSpace, RecordedTableError, RecordedWorkload, read_tables, recorded_config
 from search.simulation.simulator import simulate
 from search.simulation.surrogates import Column, Error
-from search.simulation.timelines import Report, Timeline, VerificationState, verification
+from search.simulation.timelines import Report, Timeline, TrainingMode, VerificationState, verification
 from search.simulation.virtual_time import Clock, History, Outcome, Simulation, VirtualTeachers
 from search.space import Space
+from search.study import Study
 
 
 @pytest.fixture(autouse=True)
@@ -140,6 +145,20 @@ def test_lost_node_sends_its_trial_back_to_its_last_state() -> None:
     assert [told[0] for told in searcher.told if told[2] == "error"] == pytest.approx([first, second])
 
 
+def test_a_lost_trial_does_not_train_a_teacher_that_is_there_by_then() -> None:
+    """Both nodes train it; one is lost meanwhile, and its trial goes on with the other's where that one has ended."""
+    draws = [np.random.default_rng(derive_seed(9, "node", node, 0)).exponential(1.0) * 3600 for node in range(2)]
+    lost, hit = min(draws), draws.index(min(draws))
+    assert max(draws) > 2 * lost  # of this seed
+    hardware = Hardware(gpus=2, gpus_per_node=1, node_hours=1.0, repair_s=9 * lost)
+    history, _ = run(Scripted([0.1 * lost] * 2, teacher_s=1.5 * lost), hardware, seed=9)
+    assert ends(history) == [
+        (f"t-{1 - hit}", pytest.approx(1.6 * lost), "COMPLETE"),
+        (f"t-{hit}", pytest.approx(1.7 * lost), "COMPLETE"),
+    ]
+    assert history.outcomes[1].work_s == pytest.approx(1.1 * lost)
+
+
 def test_hypervolume_counts_what_had_ended() -> None:
     def ended(accelerator_s: float, objectives: tuple[float, float] | None) -> Outcome:
         return Outcome(0.0, accelerator_s, "key", "COMPLETE", objectives, 0.0)
@@ -197,6 +216,37 @@ def test_lost_nodes_lose_no_trial(tmp_path: Path) -> None:
     assert any(each.work_s > 100 + 1e-6 for each in history.outcomes)  # since it was lost after a state
     numbers = [int(outcome.key.rpartition("-")[2]) for outcome in history.outcomes]
     assert sorted(numbers) == list(range(len(numbers)))
+
+
+class NeverStored(Formula):
+    """As its trials, but the first point stores no state."""
+
+    def timeline(self, params: Mapping[str, Any], seed: int, mode: TrainingMode) -> Timeline:
+        known = super().timeline(params, seed, mode)
+        return replace(known, checkpoint_s=1e9) if params["alpha"] == 0.5 else known
+
+
+def test_losses_are_counted_as_in_a_search_with_workers(tmp_path: Path) -> None:
+    """Nodes last ten seconds: a trial of 100 s that stores a state each 5 s goes on after any number of losses, what it
+    lost is paid, and one that stores none is given up."""
+    studies: list[Study] = []
+
+    def scheduler(study: Study) -> StudyScheduler:
+        studies.append(study)
+        return StudyScheduler(study)
+
+    config = config_of(tmp_path, ["budget.trials=6", "stopping=false"])
+    hardware = Hardware(gpus=2, gpus_per_node=1, node_hours=0.002, repair_s=1)
+    history = simulate(config, Space(config), NeverStored(), hardware, make_scheduler=scheduler)
+    (study,) = studies
+    assert Counter(outcome.state for outcome in history.outcomes) == {"COMPLETE": 6, "FAILED": 1}
+    (given_up,) = [outcome for outcome in history.outcomes if outcome.state == "FAILED"]
+    assert given_up.key == study.trials()[0].key
+    assert len(study.trials()[0].deaths) == OTHER_DEATHS + 1
+    assert max(len(trial.deaths) for trial in study.trials()[1:]) > OTHER_DEATHS
+    assert accelerator_hours(study.trials(), config.resources) == pytest.approx(history.accelerator_s / 3600)
+    for trial, outcome in zip(study.trials(), sorted(history.outcomes, key=lambda each: each.key), strict=True):
+        assert (trial.seconds or 0.0) + lost_seconds(trial.deaths) == pytest.approx(outcome.work_s)
 
 
 def test_rules_stop_trials_and_their_seconds_are_saved(tmp_path: Path) -> None:

@@ -368,10 +368,10 @@ def test_the_ui_says_what_it_expected(storage: Path, tmp_path: Path, capsys: pyt
     assert "give another --port" in capsys.readouterr().err
 
 
-def test_a_study_of_another_storage_folder_is_not_written_over(tmp_path: Path) -> None:
+def test_a_study_of_another_storage_folder_is_not_written_over(storage: Path, tmp_path: Path) -> None:
     """Both keep their rows; the second says what to do, and is sent once it has a name of its own."""
     mine, other = (replace(STUDY, identifier=text) for text in ("mine", "other"))
-    tracker = MlflowTracker(*local_store(tmp_path))
+    tracker = MlflowTracker(*local_store(storage))
     for _ in range(2):  # the same one goes on
         tracker.open_study(mine)
     tracker.start_trial("t1", {"alpha": 1}, {})
@@ -380,13 +380,13 @@ def test_a_study_of_another_storage_folder_is_not_written_over(tmp_path: Path) -
     with Journal(journals / "t1.jsonl") as journal:
         journal.start("t1", {"alpha": 2}, {})
         journal.end("FINISHED", {"certified_accuracy": 0.5}, {})
-    delivery = Delivery(journals, MlflowTracker(*local_store(tmp_path)))
+    delivery = Delivery(journals, MlflowTracker(*local_store(storage)))
     with pytest.raises(OtherStudyError, match=r"another study 'study-a' .*: give one of them a name of its own"):
         delivery.send()
     assert delivery.rows_left() == 2
     (run,) = tracker._client.search_runs(["1"], "tags.`cert.trial` = 't1'")
     assert (run.data.params, run.data.metrics, run.info.status) == ({"alpha": "1"}, {}, "RUNNING")
     save_study_info(journals, replace(other, name="study-b"))
-    delivery = Delivery(journals, MlflowTracker(*local_store(tmp_path)))
+    delivery = Delivery(journals, MlflowTracker(*local_store(storage)))
     delivery.send()
     assert delivery.rows_left() == 0

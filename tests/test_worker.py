@@ -72,7 +72,7 @@ def test_a_suggestion_survives_its_configuration(tmp_path: Path) -> None:
         assert Suggestion.from_config(json.loads(json.dumps(config))) == sent
         assert all(isinstance(value, str) for value in config.values())
     assert share_of(config) is None
-    sent = replace(sent, attempt=3, share=Share(2.0, 0.5, None), deaths="1 node lost; 4 s lost")
+    sent = replace(sent, share=Share(2.0, 0.5, None), deaths="1 node lost; 4 s lost")
     assert Suggestion.from_config(sent.to_config()) == sent
     assert share_of(sent.to_config()) == sent.share
 

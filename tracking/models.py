@@ -1,7 +1,7 @@
 """Trained networks as MLflow's logged models: an exported program that loads without this project and without pickle.
 
     MLmodel               what `mlflow.pytorch.load_model` and `mlflow.pyfunc.load_model` read
-    data/model.pt2        the program, as the trial wrote it
+    data/model.pt2        the program that the trial wrote, looked at and written anew
     extra_files/          the trial's own files, from which the project rebuilds the network exactly
     input_example.json    two images; requirements.txt, conda.yaml, python_env.yaml: what loading needs
 
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tracking.program_check import wrong_record
+from tracking.program_check import UnsafeProgramError, copy_program
 from tracking.tracker import TAG_TRIAL, ModelInfo, RefusedError
 
 if TYPE_CHECKING:
@@ -49,12 +49,13 @@ def log_model(
     if logged is None:
         raise RuntimeError(f"the model {model.name} was made, but MLflow does not show it")
     if not is_ready(logged):
-        if wrong := wrong_record(model.program):
-            raise RefusedError(
-                f"{model.program} is no program of a network and would be run when it is loaded: {wrong}"
-            )
         with tempfile.TemporaryDirectory() as folder:
-            write_model(Path(folder), model, logged.model_id)
+            try:
+                write_model(Path(folder), model, logged.model_id)
+            except UnsafeProgramError as error:
+                raise RefusedError(
+                    f"{model.program} is no program of a network, or would run when it is loaded: {error}"
+                ) from error
             client.log_model_artifacts(logged.model_id, folder)
         client.finalize_logged_model(logged.model_id, "READY")
     _link(client, run_id, logged.model_id, model, time_ms)
@@ -81,14 +82,21 @@ def is_ready(model: "LoggedModel") -> bool:
 
 
 def write_model(folder: Path, model: ModelInfo, model_id: str | None = None) -> None:
-    """Write a model's folder; what the trial has written is linked, not copied: weights may be large."""
+    """Write a model's folder; the trial's other files are linked, not copied: weights may be large.
+
+    Raises:
+        UnsafeProgramError: the program is none, or would run when it is loaded.
+    """
     import numpy as np
     from mlflow.models import Model, ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    for path, place in ((model.program, f"{_DATA}/{_PROGRAM}"), *((f, f"{EXTRA_FILES}/{f.name}") for f in model.files)):
-        (folder / place).parent.mkdir(exist_ok=True)
-        (folder / place).symlink_to(path.resolve())
+    program = folder / _DATA / _PROGRAM
+    for part in (_DATA, EXTRA_FILES):
+        (folder / part).mkdir()
+    copy_program(model.program, program, model.input_shape)
+    for path in model.files:
+        (folder / EXTRA_FILES / path.name).symlink_to(path.resolve())
     example = np.full((_EXAMPLE_IMAGES, *model.input_shape), 0.5).tolist()
     (folder / _EXAMPLE).write_text(json.dumps(example))
     (folder / _SERVING_EXAMPLE).write_text(json.dumps({"inputs": example}))
@@ -104,7 +112,7 @@ def write_model(folder: Path, model: ModelInfo, model_id: str | None = None) -> 
             "type": "ndarray",
         },
         metadata=dict(model.metadata),
-        model_size_bytes=sum(path.stat().st_size for path in (model.program, *model.files)),
+        model_size_bytes=sum(path.stat().st_size for path in (program, *model.files)),
     )
     content.add_flavor(
         "pytorch",

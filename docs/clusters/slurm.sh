@@ -40,11 +40,13 @@ export PATH=$repository/.venv/bin:$PATH
 space=$1 && shift
 [[ -f $space ]] && space=$(realpath "$space") # the driver runs elsewhere, below
 
-# The same folder in every job, since MLflow's database holds the paths of its files.
-scratch=/tmp/ccdist-$UID-$(cksum <<<"$SHARED" | cut -d ' ' -f 1)
+# On the node's own disk, and the same folder in every job, since MLflow's database holds the paths of its files.
+place=${CCDIST_SCRATCH_DIR:-/tmp}
+[[ -d $place ]] || fail "CCDIST_SCRATCH_DIR is '$place', no folder on $(hostname)"
+scratch=$place/ccdist-$UID-$(cksum <<<"$SHARED" | cut -d ' ' -f 1)
 mkdir -m 700 "$scratch" ||
     fail "$scratch is there on $(hostname): another job works on SHARED, or one was killed here and left its study; \
-move $scratch/runs to $SHARED/study, or delete $scratch"
+mv -T $scratch/runs $SHARED/study, or delete $scratch"
 umask 077
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$SHARED/.ray-token-$SLURM_JOB_ID
 driver='' steps=()
@@ -68,7 +70,7 @@ finish() {
     rm -f "$RAY_AUTH_TOKEN_PATH"
     if [[ -d $scratch/runs ]]; then
         rm -rf "$SHARED/study.part"
-        if ! { cp -a "$scratch/runs" "$SHARED/study.part" && mv "$SHARED/study.part" "$SHARED/study"; }; then
+        if ! { cp -a "$scratch/runs" "$SHARED/study.part" && mv -T "$SHARED/study.part" "$SHARED/study"; }; then
             fail "the study could not be copied; it is still in $scratch/runs on $(hostname)"
         fi
         rm -rf "$SHARED/study-before-$SLURM_JOB_ID"
@@ -87,9 +89,17 @@ export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun no longer takes it over fr
 # Ray listens on every address of a node, whichever it is told to announce: a node with a public one is refused, unless
 # you say that a firewall closes it. The token is the second lock, not the first.
 private='^(10\.|192\.168\.|172\.(1[6-9]|2.|3[01])\.|100\.(6[4-9]|[7-9].|1[01].|12[0-7])\.|169\.254\.|f[cde])'
-public=$(srun --ntasks-per-node=1 hostname -I | tr ' ' '\n' | grep -Ev "$private|^\$" | sort -u | xargs || true)
-[[ -z $public || ${FIREWALL:-} == closed ]] ||
-    fail "nodes have public addresses, where Ray would listen: $public; if a firewall closes them: FIREWALL=closed"
+if [[ ${FIREWALL:-} != closed ]]; then
+    closed='if a firewall closes them: FIREWALL=closed'
+    if ! addresses=$(srun --ntasks-per-node=1 hostname -I | xargs -n 1 | sort -u) || [[ -z $addresses ]]; then
+        fail "the nodes do not say which addresses they have (hostname -I), and Ray would listen on all; $closed"
+    fi
+    public=()
+    for address in $addresses; do
+        [[ $address =~ $private ]] || public+=("$address")
+    done
+    [[ ${#public[@]} == 0 ]] || fail "nodes have public addresses, where Ray would listen: ${public[*]}; $closed"
+fi
 
 # The address by which Slurm itself knows the first node, in numbers.
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -101,11 +111,12 @@ address=$(getent ahostsv4 "$name" | awk 'NR == 1 {print $1}')
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 # Moved away while a job works on it: after the loss of this node the next job must not go on from an old copy, whose
-# trials would be others than those of the same number in SHARED/artifacts.
+# trials would be others than those of the same number in SHARED/artifacts. `runs` is what this job brings back, so it
+# is never a part of a copy; a signal waits for the end of the parentheses, so that it finds either both moves or none.
 mkdir -p "$SHARED/artifacts"
 if [[ -d $SHARED/study ]]; then
-    cp -a "$SHARED/study" "$scratch/runs"
-    mv "$SHARED/study" "$SHARED/study-before-$SLURM_JOB_ID"
+    cp -a "$SHARED/study" "$scratch/runs.part" || fail "$SHARED/study could not be copied to $scratch; it stays there"
+    (mv -T "$SHARED/study" "$SHARED/study-before-$SLURM_JOB_ID" && mv -T "$scratch/runs.part" "$scratch/runs")
 fi
 
 # What a node offers is what Slurm gave this job of it, not what Ray would count. --block: Ray ends with its step.

@@ -10,12 +10,14 @@ A VERSION is a number of the driver, a moment of that driver's clock at which it
 count of what that one has stored. Files first, then their manifest, then what the one before it alone had is deleted:
 a writer that is killed between any two steps leaves the version before or the new one, whole.
 
-Who writes last: a writer begins with a manifest of its own, greater than all that are there, that names the same files;
-whoever was there before is overtaken by it. It may not know, and go on to write: nobody reads that, and it deletes
-nothing, since it looks for greater versions between its manifest and the deletion, and the new writer looks, after its
-own manifest is there, whether the one before has stored something since. One of the two sees the other (as in
-`search.artifacts.leases`). This needs what a driver has: it alone says who writes a trial, each time with a later
-moment, and the study's lock makes it the only one with its number.
+Who writes last: a writer begins with a claim, a manifest greater than all that are there, that says nothing of files.
+Then it looks which one before it is the newest, and publishes that one's files under its own number. Once it has looked
+that nobody has overtaken it, it deletes what is older. Whoever was there before is overtaken by the claim. It may not
+know, and go on to write: nobody reads that, and it deletes nothing, since it looks for greater versions between its
+manifest and the deletion, and the new writer looks, after its claim is there, which version is the last. One of the two
+sees the other (as in `search.artifacts.leases`). A writer that is killed after its claim has said nothing that could be
+wrong. This needs what a driver has: it alone says who writes a trial, each time with a later moment, and the study's
+lock makes it the only one with its number.
 """
 
 import hashlib
@@ -57,7 +59,7 @@ class Version:
     Args:
         epoch: number of the driver, each one's greater than those before it.
         start: moment of that driver's clock at which it let this writer begin.
-        count: of what the writer has stored.
+        count: of what the writer has stored; 0: its claim, or the files that an earlier program began with.
     """
 
     epoch: int
@@ -160,7 +162,7 @@ class StoredFiles:
         return sorted(version for version in found if version is not None)
 
     def newest(self, before: tuple[int, int] | None = None) -> Manifest | None:
-        """The manifest that counts, or the last one of an earlier writer than `before`; None: there is none.
+        """The manifest that counts, or the last one of an earlier writer than `before`; None: there is none but claims.
 
         Raises:
             NewerFormatError: a newer program wrote it.
@@ -179,13 +181,18 @@ class StoredFiles:
                 if content is None:
                     break  # replaced since the listing: look again
                 try:
-                    return Manifest.of(version, content, place)
+                    manifest = Manifest.of(version, content, place)
+                    if manifest.files or version.count:
+                        return manifest
                 except (KeyError, TypeError, AttributeError) as error:
                     damage = f"{place} is no manifest ({type(error).__name__}: {error})"
                 except ValueError as error:
                     if isinstance(error, CorruptCheckpointError):
                         raise
                     damage = f"{place} is no manifest ({error})"
+            else:
+                if not damage:
+                    return None
         raise CorruptCheckpointError(damage or f"{self._manifests} changes faster than it can be read")
 
     def publish(self, manifest: Manifest) -> None:

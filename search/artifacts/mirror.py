@@ -9,14 +9,15 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import copy_context
 from pathlib import Path
 
 from search.artifacts import remote_files
 from search.artifacts.artifact_place import ArtifactPlace
+from search.artifacts.locks import exclusive
 from search.artifacts.manifests import Manifest, StoredStudy, Version
 from search.artifacts.periodic import repeated
 from search.artifacts.trial_copies import (
@@ -75,7 +76,7 @@ class Mirror:
         self._stored = StoredStudy(filesystem, self._folder)
         self._destination = destination
         self._brought: dict[str, tuple[Manifest, frozenset[str]]] = {}  # by trial: its version, and what is not here
-        self._locks: dict[str, threading.Lock] = {}
+        self._epoch_lock = threading.Lock()
         self._study_writer: Writer | None = None
         self._epoch: int | None = None
         self._due = 0.0
@@ -108,7 +109,7 @@ class Mirror:
     @property
     def epoch(self) -> int:
         """The number of this driver, greater than those of all before it. To be asked for by the only driver."""
-        with self._lock("epoch of the driver"):
+        with self._epoch_lock:
             if self._epoch is None:
                 self._epoch = self._next_epoch()
             return self._epoch
@@ -250,21 +251,17 @@ class Mirror:
             yield
 
     def _look(self) -> None:
-        if (began := time.monotonic()) < self._due:
+        if time.monotonic() < self._due:
             return
-        try:
-            with remote_files.impatient():
-                self.pull()
-                self._due = time.monotonic() + max(LOOK_S, RESTS * (time.monotonic() - began))
-                if (began := time.monotonic()) >= self._study_due:
-                    self.push_study()
-                    self._study_due = time.monotonic() + max(STUDY_S, RESTS * (time.monotonic() - began))
-            self._told = False
-        except Exception as error:
+        # One trial that cannot be brought keeps nothing else from its place.
+        errors, self._due = _timed(self.pull, LOOK_S)
+        if time.monotonic() >= self._study_due:
+            more, self._study_due = _timed(self.push_study, STUDY_S)
+            errors += more
+        if errors and not self._told:
             # The next look brings it; the end of the search waits for it.
-            if not self._told:
-                log.warning("artefacts in %s cannot be followed for now (%s)", self.place, remote_files.one_line(error))
-            self._told = True
+            log.warning("artefacts in %s cannot be followed for now (%s)", self.place, remote_files.one_line(errors[0]))
+        self._told = bool(errors)
 
     # ---- What tracking has of it ---------------------------------------------------------------------------------
 
@@ -316,8 +313,20 @@ class Mirror:
             if "/" not in name and isinstance(offset, int) and not place.exists():
                 replace_text(place, str(offset))
 
-    def _lock(self, key: str) -> threading.Lock:
-        return self._locks.setdefault(key, threading.Lock())
+    def _lock(self, key: str) -> AbstractContextManager[None]:
+        """Of a trial's local files: a report, or a doctor, may follow the store in the folder of a driver at work."""
+        return exclusive(self.root / "copies" / f"{key}.lock", wait=True)
+
+
+def _timed(act: Callable[[], None], interval_s: float) -> tuple[list[Exception], float]:
+    """Try it once: what it raised, and the moment from which on it may be done again."""
+    began, errors = time.monotonic(), []
+    try:
+        with remote_files.impatient():
+            act()
+    except Exception as error:
+        errors.append(error)
+    return errors, time.monotonic() + max(interval_s, RESTS * (time.monotonic() - began))
 
 
 def _content(file: Path) -> bytes:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,8 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from search.artifacts import leases
 from search.artifacts.artifact_place import ArtifactPlace
-from search.artifacts.leases import Lease, Leases
+from search.artifacts.leases import EXPIRY_S, Lease, Leases
 from search.artifacts.locks import LockedError
 from search.studies.database import POSTGRES_CONNECTION, is_postgres, postgres_url, sqlite_file, without_password
 
@@ -44,29 +43,39 @@ class StoreLock:
 
 
 @contextmanager
-def store_lock(place: ArtifactPlace, study: str, study_url: str) -> Iterator[StoreLock]:
+def store_lock(
+    place: ArtifactPlace,
+    study: str,
+    study_url: str,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[StoreLock]:
     """The lease of a study in a store.
 
     A driver that holds the lock in a database knows that every other holder of that database's name is dead.
+
+    Args:
+        clock, sleep: monotonic seconds, and what waits for some.
 
     Raises:
         LockedError: a driver with another database has it.
         UnreachableError: the store does not answer.
     """
     filesystem, root = place.open()
-    watched, holder = Leases(filesystem, f"{root}/{study}/lock", expiry_s=leases.EXPIRY_S), _holder(study_url)
-    until, told = time.monotonic() + leases.EXPIRY_S + 2 * _POLL_S, False
+    watched, holder = Leases(filesystem, f"{root}/{study}/lock", clock=clock, sleep=sleep), _holder(study_url)
+    until, told = clock() + EXPIRY_S + 2 * _POLL_S, False
     while not isinstance(lease := watched.acquire("driver", holder), Lease):
-        if time.monotonic() >= until:
+        if clock() >= until:
             raise LockedError(
                 f"study {study} in {place} is held by a search with the database {lease.holder}, which still runs; "
                 "wait for it, or stop it first"
             )
         if not told:
             log.warning("study %s in %s is held by a search with the database %s: waiting up to %.0f s for a sign of "
-                        "life", study, place, lease.holder, leases.EXPIRY_S)  # fmt: skip
+                        "life", study, place, lease.holder, EXPIRY_S)  # fmt: skip
             told = True
-        time.sleep(_POLL_S)
+        sleep(_POLL_S)
     with lease:
         yield StoreLock(lease)
 

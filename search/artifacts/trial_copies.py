@@ -144,7 +144,13 @@ def pull(stored: StoredFiles, local: LocalFiles, choice: Choice) -> bool:
             gone = str(error)
             continue  # replaced while it was read
         return True
-    raise CorruptCheckpointError(f"{gone} of trial {stored.key} is named in the storage and is not there")
+    raise _lost(gone, stored.key)
+
+
+def _lost(path: str, key: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{path} of trial {key} is named in the storage and is not there; restore it from a copy of the storage"
+    )
 
 
 def _fetch(stored: StoredFiles, local: LocalFiles, manifest: Manifest, wanted: Chosen) -> None:
@@ -158,10 +164,9 @@ def _fetch(stored: StoredFiles, local: LocalFiles, manifest: Manifest, wanted: C
             raise CorruptCheckpointError(f"the storage names {path!r} among the files of trial {local.key}")
         entry, file = manifest.files[path], local.root / path
         there = before.get(path) == entry and file.is_file() and file.stat().st_size == entry.size
-        if wanted(path) and not there:
+        # One of another version is replaced whoever wants it: somebody else who follows the store may be reading it.
+        if not there and (wanted(path) or file.exists()):
             stored.download(path, entry, file)
-        elif not there:
-            file.unlink(missing_ok=True)  # of another version
     kept = manifest.files.keys() | local.not_copied()
     for path in local.paths():
         if path not in kept:
@@ -208,24 +213,17 @@ class Writer:
             fetch: else the local files are what it is to have from now on; those that are not here stay in the store.
 
         Raises:
-            SupersededError: a later writer has it.
+            SupersededError: a later writer has it, or one with this number was there before.
             CorruptCheckpointError: the store has something else than what was written there.
         """
-        newest = self.stored.newest()
-        first = Version(*self.number, 0)
-        if newest is not None and newest.version.writer > self.number:
-            raise SupersededError(self.stored.key)
-        if newest is not None and newest.version.writer == self.number:
-            # The same start, once more: Tune itself has put another process in the place of one that died.
-            self._manifest = newest
-        else:
-            self._manifest = Manifest(first, {} if newest is None else newest.files)
-            self.stored.publish(self._manifest)
-            # The one before may have stored something between the look and this: from now on nobody reads what it does.
-            last = self.stored.newest(self.number)
-            if last is not None and last.files != self._manifest.files:
-                self._manifest = Manifest(first.next(), last.files)
-                self.stored.publish(self._manifest)
+        claim = Version(*self.number, 0)
+        self._check_newest(or_equal=True)
+        self.stored.publish(Manifest(claim, {}))
+        # From now on nobody reads what the one before stores. What it stored until now is not deleted by it any more.
+        before = self.stored.newest(self.number)
+        self._manifest = Manifest(claim.next(), {} if before is None else before.files)
+        self.stored.publish(self._manifest)
+        self._check_newest()
         self._last = self._manifest.version
         if fetch:
             self._fetch()
@@ -236,9 +234,7 @@ class Writer:
         try:
             _fetch(self.stored, self.local, self._manifest, self.wanted)
         except GoneError as error:
-            raise CorruptCheckpointError(
-                f"{error} of trial {self.stored.key} is named in the storage and is not there"
-            ) from error
+            raise _lost(str(error), self.stored.key) from error
         self._known = {path: _Signature.of(self.local.root / path) for path in self.local.paths()}
 
     def push(self, *, without: Chosen = nothing) -> bool:
@@ -285,7 +281,7 @@ class Writer:
     def _clean(self) -> None:
         self.stored.clean(self._manifest, is_over=lambda version: version < self._manifest.version)
 
-    def _check_newest(self) -> None:
+    def _check_newest(self, *, or_equal: bool = False) -> None:
         versions = self.stored.versions()
-        if versions and versions[-1].writer > self.number:
+        if versions and (versions[-1].writer > self.number or (or_equal and versions[-1].writer == self.number)):
             raise SupersededError(self.stored.key)

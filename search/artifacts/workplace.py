@@ -5,7 +5,7 @@ stored before every report at which the driver may end the trial, when the trial
 worker that dies takes at most `PUSH_S` of work with it. The folder is deleted when the trial leaves the worker; that of
 a dead process, by the next trial on the node.
 
-Environment: CCDIST_SCRATCH_DIR, the folder for all of them, instead of one in the temporary folder.
+Environment: CCDIST_SCRATCH_DIR, in which they are, each user's in a folder of its own, instead of the temporary folder.
 """
 
 import hashlib
@@ -161,9 +161,9 @@ def _full_here_only() -> Iterator[None]:
 @contextmanager
 def _scratch(artifacts: str, key: str) -> Iterator[Path]:
     """A new folder for a trial, deleted at the end of the context."""
-    root = scratch_root() / hashlib.sha256(artifacts.encode()).hexdigest()[:16]
     with ExitStack() as stack:
-        with pausing_on_full_disk(root.parent):
+        with pausing_on_full_disk(_scratch_place()):
+            root = scratch_root() / hashlib.sha256(artifacts.encode()).hexdigest()[:16]
             root.mkdir(mode=0o700, exist_ok=True)
         with pausing_on_full_disk(root), locks.exclusive(root / "lock", wait=True):
             _sweep(root)
@@ -181,18 +181,24 @@ def _share_graphs(folder: Path, study: str) -> None:
     (folder / study / "graphs").symlink_to(graphs)
 
 
+def _scratch_place() -> Path:
+    return Path(os.environ.get(SCRATCH) or tempfile.gettempdir())
+
+
 def scratch_root() -> Path:
     """The folder of this user's scratch files, which nobody else can write.
 
     Raises:
         PermissionError: somebody else can.
     """
-    named = os.environ.get(SCRATCH)
-    root = Path(named) if named else Path(tempfile.gettempdir()) / f"ccdist-{os.getuid()}"
-    root.mkdir(mode=0o700, parents=bool(named), exist_ok=True)
-    status = root.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"scratch folder {root} can be written by others; set {SCRATCH} to another one")
+    place = _scratch_place()
+    place.mkdir(parents=True, exist_ok=True)
+    root = place / f"ccdist-{os.getuid()}"
+    root.mkdir(mode=0o700, exist_ok=True)
+    status, above = root.lstat(), place.stat().st_mode
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+    if not is_own or (above & stat.S_IWOTH and not above & stat.S_ISVTX):  # who may rename it can put another there
+        raise PermissionError(f"scratch folder {root} can be written by others; set {SCRATCH} to another place")
     return root
 
 

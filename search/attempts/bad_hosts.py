@@ -12,14 +12,14 @@ from search.attempts.deaths import STORAGE_AWAY, WORKER_FAILED, WORKER_KILLED, C
 
 # So many in a row are no accident of a trial.
 IN_A_ROW = 3
-# Seconds without a start there; after each further death twice as many, up to the most.
+# Seconds without a start there; after each further death that follows them twice as many, up to the most.
 AVOID_S, AVOID_MOST_S = 600.0, 6 * 3600.0
 _OF_HOSTS = (STORAGE_AWAY, WORKER_FAILED, WORKER_KILLED)
 
 
 @dataclass
 class _Host:
-    deaths: int = 0  # in a row
+    deaths: int = 0  # in a row, while something might start there
     until: float = 0.0
 
 
@@ -37,11 +37,13 @@ class BadHosts:
     def died(self, cause: Cause) -> None:
         """An attempt ended there. Nodes that are lost are gone anyway, and memory is a matter of the trial."""
         if cause.node and kind(cause.reason) in _OF_HOSTS:
-            host = self._hosts.setdefault(cause.node, _Host())
+            host, now = self._hosts.setdefault(cause.node, _Host()), self._clock()
+            if now < host.until:  # what ran there already, and ends by the same event as the ones before
+                return
             host.deaths += 1
-            if host.deaths >= IN_A_ROW and self._clock() >= host.until:
+            if host.deaths >= IN_A_ROW:
                 times = host.deaths - IN_A_ROW
-                host.until = self._clock() + min(AVOID_MOST_S, AVOID_S * 2.0 ** min(times, 32))
+                host.until = now + min(AVOID_MOST_S, AVOID_S * 2.0 ** min(times, 32))
 
     def advanced(self, host: str) -> None:
         """A trial has come further there."""

@@ -4,9 +4,9 @@ A worker can vanish at any moment, with its node or alone. Its trial is put back
 from its last stored state, as its next attempt; each such end is kept in the study as a `Death`.
 
 `Death.lost_seconds` runs from the trial's last stored state, or from the start of the attempt if it stored none, to
-the moment at which the driver heard of the end: work that is done again, and what it took to notice. An attempt starts
-when its worker does: time in Ray's queue costs nothing. Attempts that ended because their driver did are no deaths:
-nobody was there to see when.
+the moment at which the driver heard of the end: work that the next attempt does again, if there is one, and what it
+took to notice. An attempt starts when its worker does: time in Ray's queue costs nothing. Attempts that ended because
+their driver did are no deaths: nobody was there to see when.
 """
 
 from collections import Counter
@@ -90,7 +90,7 @@ def deaths_text(deaths: Sequence[Death]) -> str:
 
 
 def lost_seconds(deaths: Iterable[Death]) -> float:
-    """Seconds whose work was done again."""
+    """Of attempts: since their last stored state, until the driver heard of their end."""
     return sum(death.lost_seconds for death in deaths)
 
 
@@ -100,4 +100,14 @@ def account(study: StudyRecord) -> str:
     if not deaths:
         return ""
     workers = "1 worker was lost" if len(deaths) == 1 else f"{len(deaths)} workers were lost"
-    return f"{workers} ({reasons_text(deaths)}); {lost_seconds(deaths):,.0f} s of work was done again"
+    return f"{workers} ({reasons_text(deaths)}), and {lost_seconds(deaths):,.0f} s with them{_given_up(study)}"
+
+
+def _given_up(study: StudyRecord) -> str:
+    """Trials that ended with a death: nobody went on from what they had stored."""
+    dead = sum(
+        trial.state == "FAILED" and bool(trial.deaths) and trial.deaths[-1].reason in (trial.reason or "")
+        for trial in study.trials
+    )
+    trials = "1 trial was given up, and all that it" if dead == 1 else f"{dead} trials were given up, and all that they"
+    return f"; {trials} had stored" if dead else ""

@@ -54,6 +54,9 @@ class Retries:
         self._shares = Shares(study.config.resources, study.shares, node, study.store_shares)
         self._left = set(study.unfinished())  # by an earlier driver; how their last attempt ended nobody knows
         self._running: dict[int, Attempt] = {}
+        # Tune asks for both after each report, so they follow what begins and ends, and nobody adds up all runs.
+        self._load: float | None = 0.0
+        self._queued: dict[int, Share] = {}  # those that are not ordinary
 
     def begin(self, assignment: Assignment) -> Attempt:
         """The run of a trial that starts now."""
@@ -66,15 +69,21 @@ class Retries:
         known = self._study.trials()[number]
         places = self._shares.places(share)
         self._running[number] = Attempt(known.attempt, share, places, deaths_text(known.deaths))
+        self._load = None
+        if share != self._shares.ordinary:
+            self._queued[number] = share
         return self._running[number]
 
     def started(self, assignment: Assignment) -> None:
         """Its worker has what it needs and begins."""
         self._running[assignment.number] = replace(self._running[assignment.number], started=self._clock())
+        self._queued.pop(assignment.number, None)
 
     def ended(self, assignment: Assignment) -> None:
         """Its run is over, and told."""
         self._running.pop(assignment.number, None)
+        self._queued.pop(assignment.number, None)
+        self._load = None
 
     def died(self, assignment: Assignment, cause: Cause, *, on_gpu: bool = False) -> str | None:
         """Note that its run ended without a result; why the trial is not tried again, or None: it is.
@@ -99,12 +108,13 @@ class Retries:
 
     def load(self) -> float:
         """In the room of how many ordinary trials all runs are that are on."""
-        return sum(attempt.places for attempt in self._running.values())
+        if self._load is None:
+            self._load = sum(attempt.places for attempt in self._running.values())
+        return self._load
 
     def too_large(self) -> set[int]:
         """The trials in Ray's queue for which the node has gone: they would wait for ever."""
-        queued = ((number, attempt.share) for number, attempt in self._running.items() if attempt.started is None)
-        return {number for number, share in queued if self._shares.is_too_large(share)}
+        return {number for number, share in self._queued.items() if self._shares.is_too_large(share)}
 
     def places(self, number: int) -> float:
         """In the room of how many ordinary trials a trial would run."""

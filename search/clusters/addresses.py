@@ -12,6 +12,8 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,10 +31,24 @@ from tracking.address import shown
 VARIABLE = "RAY_ADDRESS"
 # How long a cluster may take to answer at all.
 CONNECT_S = 5.0
+# How long a process may take that imports Ray and connects.
+_STRANGER_S = 60.0
 
 # The first words of HTTP/2, on which gRPC runs, and an empty SETTINGS frame. Whoever speaks it answers with its own.
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + struct.pack(">IBI", 0, 4, 0)
 _FRAME_HEAD, _SETTINGS = 9, 4
+
+# Somebody without a token; a process reads its own mode once, and this one's is the user's.
+_STRANGER = """
+import sys
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
+try:
+    GcsClient(address=sys.argv[1])
+except AuthenticationError:
+    sys.exit(3)
+"""
+_REFUSED = 3
 
 
 class ClusterError(UserError):
@@ -54,7 +70,7 @@ class Address:
             ClusterError: there is a login in it, which job commands and messages would repeat.
         """
         value = option or os.environ.get(VARIABLE, "")
-        words = f"--address {shown(value)}" if option else f"{VARIABLE}={shown(value)}"
+        words = f"--address {shown(value)}" if option else f"{VARIABLE}={shown(value)}" if value else ""
         if shown(value) != value:
             raise ClusterError(
                 f"{words} holds a login or an option, which no head asks for: leave it out; a cluster's token is taken "
@@ -130,6 +146,23 @@ def _check_token(address: str, words: str) -> None:
         raise ClusterError(token_text(words)) from error
     except Exception as error:
         raise ClusterError(f"{words} does not answer as a Ray cluster ({' '.join(str(error).split())})") from error
+
+
+def asks_for_token(address: str) -> bool | None:
+    """Whether the cluster of that head, HOST:PORT, refuses whoever has no token; None: it did not answer."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    stranger = [sys.executable, "-c", _STRANGER, address]
+    try:
+        done = subprocess.run(
+            stranger,
+            env=environment | {"RAY_AUTH_MODE": "disabled"},
+            capture_output=True,
+            timeout=_STRANGER_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return {0: False, _REFUSED: True}.get(done.returncode)
 
 
 def check_own_token() -> None:

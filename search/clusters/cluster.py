@@ -83,16 +83,26 @@ def _init(asked: Address, data_bytes: int) -> tuple[str, bool]:
     address = cluster_address(asked)
     if address is None:
         store = 2 * data_bytes + _OBJECT_STORE_SPARE
-        with kept_private():
+        with _one_line("a Ray of this search's own cannot be started"), kept_private():
             ray.init(address="local", include_dashboard=False, object_store_memory=store, **options)
         return "this machine", False
-    try:
+    with _one_line(f"{asked.words or 'the Ray cluster on this machine'} cannot be joined"):
         ray.init(address=address, runtime_env=workers_env(), **options)
-    except Exception as error:  # of many kinds: another Python or Ray, no raylet on this machine, no room for the code
-        ray.shutdown()
-        what = asked.words or "the Ray cluster on this machine"
-        raise ClusterError(f"{what} cannot be joined ({' '.join(str(error).split())})") from error
     return ("the Ray cluster on this machine" if asked.value in ("", "auto") else f"Ray cluster at {address}"), True
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Of many kinds: another Python or Ray, no raylet on this machine, no room for the code, no token.
+
+    Raises:
+        ClusterError: instead of Ray's.
+    """
+    try:
+        yield
+    except Exception as error:
+        ray.shutdown()
+        raise ClusterError(f"{what} ({' '.join(str(error).split())})") from error
 
 
 @contextmanager
@@ -188,7 +198,7 @@ def _slots(resources: ResourcesConfig) -> int:
     if slots == 0:
         most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in _asked(resources)}
         raise ResourcesError(
-            f"a trial asks for {_in_words(_asked(resources))}, but no node has as many: the largest has "
+            f"a trial asks for {asked_words(resources)}, but no node has as many: the largest has "
             f"{_in_words(most)}; lower {_fields(resources)} (--set resources.gpu=0); on a cluster that starts nodes "
             "when they are needed, set resources.concurrency to the trials wanted at once"
         )
@@ -199,6 +209,11 @@ def _asked(resources: ResourcesConfig) -> dict[str, float]:
     """Under Ray's names; CPUs and GPUs always."""
     memory = {} if resources.memory_gb is None else {"memory": resources.memory_gb * 2**30}
     return {"CPU": resources.cpu, "GPU": resources.gpu} | memory | resources.custom
+
+
+def asked_words(resources: ResourcesConfig) -> str:
+    """What a trial asks for."""
+    return _in_words(_asked(resources))
 
 
 def _fields(resources: ResourcesConfig) -> str:

@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import ray
 import sqlalchemy
-from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
 from search.artifacts.mounts import current_mounts
-from search.clusters.addresses import ClusterError
+from search.clusters.addresses import ClusterError, asks_for_token
 from search.clusters.cluster import Cluster, connected
 from search.clusters.node_probes import (
     FACTS_S,
@@ -89,15 +89,15 @@ def _view(
         problems.append(Finding("artefacts", f"{error}; choose another --storage"))
     measured = one_of_each_kind(answering, config.resources)
     usages = list(zip(measured, measure_on(measured, sample, config.resources, seconds), strict=True))
-    tokens = is_token_auth_enabled()
-    view = ClusterView(cluster.description, driver, answers, reach, usages, tokens, cluster.is_shared)
+    tokens, artifacts = asks_for_token(ray.get_runtime_context().gcs_address), storage.workers_artifacts
+    view = ClusterView(cluster.description, driver, answers, artifacts, reach, usages, tokens, cluster.is_shared)
     return view, problems
 
 
 @contextmanager
 def _nothing_left(storage: Storage) -> Iterator[None]:
     """Folders that a look at the artefacts makes go again: a search that was never started has none."""
-    made = [folder for folder in (storage.artifacts, storage.folder) if not folder.exists()]
+    made = [folder for folder in (storage.artifacts, storage.folder) if not os.path.exists(folder)]
     try:
         yield
     finally:
@@ -134,7 +134,8 @@ def _check_usable(file: Path) -> None:
     """
     if file == Path(":memory:"):
         raise StudyError("study database sqlite:///:memory: ends with its driver; give it a file")
-    place = file if file.exists() else next(folder for folder in file.resolve().parents if folder.exists())
+    # Not Path.exists: in a folder that is closed to this user that raises.
+    place = file if os.path.exists(file) else next(filter(os.path.exists, file.resolve().parents))
     if not os.access(place, os.R_OK | os.W_OK):
         raise StudyError(f"study database {file} cannot be written ({place} may not); choose another --storage")
     if place != file and not place.is_dir():

@@ -55,7 +55,7 @@ class Jobs:
 
     def __init__(self, asked: Address) -> None:
         self.url = dashboard_url(asked)
-        self._client = _client(self.url, asked.words)
+        self._client = _client(self.url, asked.words or self.url)
 
     def running(self, study: str) -> str | None:
         """The job in which a driver of that study is at work, or waits to be."""
@@ -74,6 +74,12 @@ class Jobs:
     def has_ended(self, job: str) -> bool:
         with _one_line(self.url):
             return bool(self._client.get_job_status(job).is_terminal())
+
+    def failure(self, job: str) -> str | None:
+        """What Ray says of an ended job; None: it went well."""
+        with _one_line(self.url):
+            found = self._client.get_job_info(job)
+        return None if found.status == "SUCCEEDED" else str(found.message or found.status)
 
     def logs(self, job: str) -> str:
         with _one_line(self.url):

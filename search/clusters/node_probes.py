@@ -7,7 +7,6 @@ with the resources that a trial holds; it waits for them until its limit.
 import hashlib
 import importlib.metadata
 import math
-import platform
 import shutil
 import tempfile
 import time
@@ -26,7 +25,8 @@ from ccdist.data import Dataset
 from ccdist.device_memory import is_out_of_memory
 from ccdist.device_usage import Gpu, gpus, host_memory
 from ccdist.provenance import source_commit
-from search.clusters.cluster import connected, fits
+from search.clusters.cluster import asked_words, connected, fits
+from search.clusters.reach import python_minor
 from search.config import ResourcesConfig, SearchConfig
 from search.errors import UserError
 from search.sharing.packing import Packing, PackingError
@@ -43,6 +43,10 @@ _CLOCK_S = 5.0
 _COMPARED = ("ray", "torch", "numpy", "optuna", "pyarrow")
 _ACCELERATOR = "accelerator_type:"
 _GIB = 2**30
+# Trials that wait make them come; a look and a measurement do not.
+HOW_TO_START_ONE = (
+    "start one first, on a cluster whose nodes come on demand by a job that asks for a GPU (docs/CLUSTER.md, command 6)"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def facts_here() -> NodeFacts:
     memory, scratch = host_memory(), tempfile.gettempdir()
     versions = {name: importlib.metadata.version(name) for name in _COMPARED}
     return NodeFacts(
-        {"python": ".".join(platform.python_version_tuple()[:2])} | versions,
+        {"python": python_minor()} | versions,
         source_commit(),
         code_hash(),
         memory.total,
@@ -193,6 +197,11 @@ def one_of_each_kind(nodes: Sequence[Node], resources: ResourcesConfig) -> list[
     return list(kinds.values())
 
 
+def no_node_fits(resources: ResourcesConfig) -> str:
+    """For a cluster on which nobody can be asked what a trial takes."""
+    return f"a trial asks for {asked_words(resources)}, and no node that is there has as many"
+
+
 def measure_on(
     nodes: Sequence[Node], sample: TrialSample, resources: ResourcesConfig, limit_s: float
 ) -> list[TrialUsage | str]:
@@ -218,7 +227,10 @@ def _measured(sample: TrialSample, resources: ResourcesConfig) -> TrialUsage | s
         return measure_trial(sample, prepare_process(resources))
     except Exception as error:
         told = " ".join(str(error).split())[:300]
-        return f"it runs out of memory ({told})" if is_out_of_memory(error) else f"{type(error).__name__}: {told}"
+        if not is_out_of_memory(error):
+            return f"{type(error).__name__}: {told}"
+        field = "resources.gpu" if resources.gpu else "resources.memory_gb"
+        return f"it runs out of memory ({told}); set {field} higher, or a batch size lower"
 
 
 def pack_nodes(
@@ -227,12 +239,15 @@ def pack_nodes(
     """`search.pack` on one node of each kind: a whole GPU of it, and that GPU's share of its cores.
 
     Raises:
-        UserError: the cluster cannot be used, or nothing could be measured on a node.
+        UserError: the cluster cannot be used, has no node for it, or nothing could be measured on a node.
     """
     typical, largest = trial_samples(space, dataset)
     with connected(config.resources, 2 * typical.data_bytes, address):
         remote = ray.remote(max_calls=1, max_retries=0)(_packed)
-        for node in one_of_each_kind(living_nodes(), config.resources):
+        nodes = one_of_each_kind(living_nodes(), config.resources)
+        if not nodes:
+            raise PackingError(f"{no_node_fits(config.resources)}; {HOW_TO_START_ONE}")
+        for node in nodes:
             gpus = int(node.gpus) if config.resources.gpu > 0 else 0
             cores = max(1, int(node.cpus) // max(1, gpus))
             reference = remote.options(num_cpus=cores, num_gpus=min(1, gpus), scheduling_strategy=_on(node)).remote(
@@ -264,9 +279,12 @@ def _got(reference: Any, until: float, limit_s: float, *, waits: bool = False) -
     try:
         return ray.get(reference, timeout=max(0.0, until - time.monotonic()))
     except ray.exceptions.GetTimeoutError:
-        why = ": other work holds its resources, or it takes longer" if waits else ""
-        if waits:
-            ray.cancel(reference, force=True)
-        return f"no answer within {limit_s:g} s{why}"
+        if not waits:
+            return f"no answer within {limit_s:g} s"
+        ray.cancel(reference, force=True)
+        return (
+            f"no answer within {limit_s:g} s: other work holds its resources, or it takes longer; wait until it is "
+            "idle, or give --seconds more"
+        )
     except Exception as error:  # the node left, or cannot run the code: of many kinds
         return f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}"

@@ -6,10 +6,12 @@ Every finding says what is there; a broken one also what to do.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from search.clusters.cluster import fits
-from search.clusters.node_probes import Clock, Node, NodeAnswer, NodeFacts
+from search.clusters.node_probes import HOW_TO_START_ONE, Clock, Node, NodeAnswer, NodeFacts, no_node_fits
 from search.clusters.reach import Finding as Reach
+from search.clusters.reach import public
 from search.config import ResourcesConfig
 from search.sharing.packing import GIB, HOST_SHARE, memory_setting, rate
 from search.sharing.probe import TrialUsage
@@ -25,16 +27,19 @@ SCRATCH_BYTES = 5e9
 class ClusterView:
     """What was asked of a cluster.
 
-    reach: what each node says of the artefacts.
+    artifacts: their folder, or their address in an object store.
+    reach: what each node says of them.
     usages: of a trial on one node of each kind; a text: why it is not known.
+    tokens: whether it asks whoever connects for its token; None: not known.
     """
 
     description: str
     driver: NodeFacts
     answers: Sequence[NodeAnswer]
+    artifacts: Path | str
     reach: Sequence[Reach]
     usages: Sequence[tuple[Node, TrialUsage | str]]
-    tokens: bool
+    tokens: bool | None
     is_shared: bool  # not this search's own
 
     def usage(self, node: Node) -> TrialUsage | None:
@@ -58,6 +63,8 @@ def cluster_findings(view: ClusterView, resources: ResourcesConfig) -> Iterator[
             text = "warning: journals carry the time of their node, so curves in MLflow shift; start chrony or ntpd"
             yield Finding(answer.node.name, text, fine=True)
     yield from _reached(view)
+    if not any(slots_of(answer, None, resources) for answer in view.answers):
+        yield Finding("trials", f"{no_node_fits(resources)}, so that they would wait for one; {HOW_TO_START_ONE}")
     for node, usage in view.usages:
         yield from _measured(node, usage, resources)
 
@@ -90,6 +97,8 @@ def slots_of(answer: NodeAnswer, usage: TrialUsage | None, resources: ResourcesC
 
 
 def _tokens(view: ClusterView) -> Finding:
+    if view.tokens is None:
+        return Finding("tokens", "the head did not say in time whether it asks for its token; look again")
     if view.tokens:
         return Finding("tokens", "Ray asks for its token (RAY_AUTH_MODE=token)", fine=True)
     if not view.is_shared:
@@ -119,7 +128,7 @@ def _described(node: Node, facts: NodeFacts, clock: Clock | None) -> str:
 def _troubles(facts: NodeFacts, driver: NodeFacts) -> Iterator[str]:
     for name, version in driver.versions.items():
         theirs = facts.versions.get(name, "none")
-        if _public(theirs) != _public(version):
+        if public(theirs) != public(version):
             yield f"has {name} {theirs}, the driver {version}; install requirements.lock on both"
     if facts.code != driver.code:
         yield (
@@ -133,26 +142,20 @@ def _troubles(facts: NodeFacts, driver: NodeFacts) -> Iterator[str]:
         )
 
 
-def _public(version: str) -> str:
-    """Builds for different devices (2.9.0+cu130) are one version."""
-    return version.partition("+")[0]
-
-
 def _reached(view: ClusterView) -> Iterator[Finding]:
+    advice = "mount one folder there on every node, or set storage.artifacts to an object store (s3://BUCKET/FOLDER)"
+    if isinstance(view.artifacts, str):
+        advice = "give the node the rights to read and write there, or correct storage.artifacts"
     unseeing = [found for found in view.reach if found.problem is not None]
     for found in unseeing:
-        text = (
-            f"does not reach the artefacts: {found.problem}; mount one folder there on every node, or set "
-            "storage.artifacts to an object store (s3://BUCKET/FOLDER)"
-        )
-        yield Finding(found.node, text)
+        yield Finding(found.node, f"does not reach the artefacts: {found.problem}; {advice}")
     if view.reach and not unseeing:
         yield Finding("artefacts", f"nodes that read and write there: {len(view.reach)}, all", fine=True)
 
 
 def _measured(node: Node, usage: TrialUsage | str, resources: ResourcesConfig) -> Iterator[Finding]:
     if isinstance(usage, str):
-        yield Finding(f"a trial on {node.name}", f"{usage}; wait until it is idle, or give --seconds more")
+        yield Finding(f"a trial on {node.name}", usage)
         return
     gpu = f"{usage.device_bytes / GIB:.3g} GiB of the GPU and " if resources.gpu else ""
     text = (

@@ -90,9 +90,18 @@ def _finding(node: dict[str, Any], answer: Answer | str) -> Finding:
 
 
 def versions() -> dict[str, str]:
-    """What has to be the same everywhere; of torch, builds for different devices are."""
-    python = ".".join(platform.python_version_tuple()[:2])
-    return {"python": python, "torch": version("torch").partition("+")[0]}
+    """What has to be the same everywhere."""
+    return {"python": python_minor(), "torch": public(version("torch"))}
+
+
+def python_minor() -> str:
+    """Patches of Python change nothing that is sent from one to another."""
+    return ".".join(platform.python_version_tuple()[:2])
+
+
+def public(version: str) -> str:
+    """Builds for different devices (2.9.0+cu130) are one version."""
+    return version.partition("+")[0]
 
 
 def answer(place: str, word: str, node: str) -> Answer:
@@ -119,11 +128,12 @@ def _left_there(artifacts: Path) -> Iterator[tuple[Path, str]]:
     word = secrets.token_hex(16)
     folder = artifacts / f".reach-{word[:8]}"
     try:
-        folder.mkdir(parents=True)
-        (folder / _WORD).write_text(word)
+        try:
+            folder.mkdir(parents=True)
+            (folder / _WORD).write_text(word)
+        except OSError as error:
+            raise ClusterError(f"artefacts folder {artifacts} cannot be written ({error.strerror})") from error
         yield folder, word
-    except OSError as error:
-        raise ClusterError(f"artefacts folder {artifacts} cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

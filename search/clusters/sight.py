@@ -15,7 +15,7 @@ MOUNT_S = 60.0
 _LOOK_S = 2.0
 
 
-def check_sight(folder: Path, identifier: str, limit_s: float = MOUNT_S) -> None:
+def check_sight(folder: Path, identifier: str) -> None:
     """Look for the mark, again and again for a while; nothing is written.
 
     Args:
@@ -25,13 +25,13 @@ def check_sight(folder: Path, identifier: str, limit_s: float = MOUNT_S) -> None
     Raises:
         StorageAwayError: it is not there, or another study's.
     """
-    until = time.monotonic() + limit_s
+    until = time.monotonic() + MOUNT_S
     while identifier and _mark(folder) != identifier:
         if time.monotonic() >= until:
             raise StorageAwayError(
                 f"node {socket.gethostname()} does not see the study's folder {folder}; mount it there as on the head"
             )
-        time.sleep(min(_LOOK_S, limit_s))
+        time.sleep(_LOOK_S)
 
 
 def _mark(folder: Path) -> str | None:

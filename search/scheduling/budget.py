@@ -1,7 +1,7 @@
 """When a search ends: counted from the study, so that a continued search goes on where the last one was."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from search.attempts.deaths import lost_seconds
 from search.config import BudgetConfig, ResourcesConfig
@@ -31,7 +31,7 @@ class Budget:
     """The limits of one search command.
 
     Args:
-        trials: the study's trials as they are now.
+        trials: the study's trials as they are now; the same object until one changes.
         clock: seconds that only grow.
     """
 
@@ -39,12 +39,13 @@ class Budget:
         self,
         limits: BudgetConfig,
         resources: ResourcesConfig,
-        trials: Callable[[], Iterable[TrialRecord]],
+        trials: Callable[[], Sequence[TrialRecord]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.target = limits.trials
         self._limits, self._resources, self._trials, self._clock = limits, resources, trials, clock
         self._started = clock()
+        self._counted: tuple[Sequence[TrialRecord], float] = ((), 0.0)  # trials, and their hours
 
     @property
     def is_open_ended(self) -> bool:
@@ -54,9 +55,16 @@ class Budget:
     def spent(self) -> str | None:
         """Why nothing may start any more, or None."""
         limit = self._limits.accelerator_hours
-        if limit is not None and accelerator_hours(self._trials(), self._resources) >= limit:
+        if limit is not None and self._hours() >= limit:
             return f"the budget of {limit:g} accelerator-hours is spent"
         return self.expired()
+
+    def _hours(self) -> float:
+        """Of all trials, counted anew only when one has changed: Tune asks after each report."""
+        trials = self._trials()
+        if trials is not self._counted[0]:
+            self._counted = trials, accelerator_hours(trials, self._resources)
+        return self._counted[1]
 
     def expired(self) -> str | None:
         """Why what runs is to be cut off now, or None."""

@@ -51,6 +51,7 @@ class Machine:
     gpu: str = ""  # its name; empty: there is none
     gpu_memory: int = 0
     gpu_free: int = 0
+    load: float = 0.0  # of its cores, in the minute before: a measurement keeps them busy itself
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,8 @@ def settings(level: Level) -> str:
 
 
 def memory_setting(host_bytes: int) -> str:
-    """What makes Ray keep the memory of each trial: a tenth more than it took, in GiB."""
-    return f"--set resources.memory_gb={1.1 * host_bytes / GIB:.2g}"
+    """What makes Ray keep the memory of each trial: a tenth more than it took, in GiB, rounded up to hundredths."""
+    return f"--set resources.memory_gb={-(-110 * host_bytes // GIB) / 100:g}"
 
 
 def in_yaml(level: Level) -> str:

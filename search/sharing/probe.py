@@ -225,9 +225,8 @@ def training_part(dataset: Dataset, recipe: Recipe, batches: int = PROBE_BATCHES
 
 def typical(space: Space) -> dict[str, Any]:
     """The first point that says enough for a trial, else a corner."""
-    points = [point for point in space.points() if point]
-    corners = list(space.corners())
-    return {**corners[0], **points[0]} if points and set(corners[0]) <= set(points[0]) else corners[0]
+    corner = next(iter(space.corners()))
+    return next((point for point in space.points() if set(corner) <= set(point)), corner)
 
 
 def searches_teacher(space: Space) -> bool:

@@ -62,17 +62,17 @@ def this_machine(
         cores: for the trials of one GPU; None: its part of all that this process may run on.
         gpus: of the machine; None: as many as this process sees.
     """
-    free = max(0, host_memory().free - data_bytes)
+    free, load = max(0, host_memory().free - data_bytes), os.getloadavg()[0]
     found = len(os.sched_getaffinity(0))
     if resources.gpu == 0 or not torch.cuda.is_available():
-        return Machine(cores or found, free)
+        return Machine(cores or found, free, load=load)
     count = gpus or torch.cuda.device_count()
     cores = cores or max(1, found // count)
     if told := device_usage.gpus(os.environ.get("CUDA_VISIBLE_DEVICES")):
         gpu = told[0]
-        return Machine(cores, free // count, gpu.name, gpu.memory, gpu.memory - gpu.used)
+        return Machine(cores, free // count, gpu.name, gpu.memory, gpu.memory - gpu.used, load)
     free_there, total = torch.cuda.mem_get_info(0)  # CUDA itself then lies in this process as well
-    return Machine(cores, free // count, torch.cuda.get_device_name(0), total, free_there)
+    return Machine(cores, free // count, torch.cuda.get_device_name(0), total, free_there, load)
 
 
 def measure_packing(
@@ -148,7 +148,7 @@ class Copies:
         """
         (connection,) = self._started(1)
         try:
-            connection.send((ALONE, level.resources))
+            self._tell(connection, (ALONE, level.resources))
             usage: TrialUsage = self._answer(connection, "usage")
         except (OutOfMemoryHere, PackingError):
             self.close()
@@ -188,11 +188,11 @@ class Copies:
     ) -> tuple[list[Part], list[float]]:
         """One phase of all copies, and the seconds of a step or image of each."""
         for connection in connections:
-            connection.send((name, level.resources))
+            self._tell(connection, (name, level.resources))
         for connection in connections:
             self._answer(connection, "ready")
         for connection in connections:
-            connection.send("go")
+            self._tell(connection, "go")
         started, looked = time.monotonic(), time.monotonic()
         units = dict.fromkeys(connections, 0)
         while min(units.values()) < _FEWEST_UNITS or time.monotonic() - started < self.window * _SHARES[name]:
@@ -207,9 +207,15 @@ class Copies:
                 busy.extend(gpu.busy for gpu in device_usage.gpus(os.environ.get("CUDA_VISIBLE_DEVICES"))[:1])
         until = time.monotonic()
         for connection in connections:
-            connection.send("enough")
+            self._tell(connection, "enough")
         parts: list[Part] = [self._answer(connection, "part") for connection in connections]
         return parts, [part.each(until) for part in parts]
+
+    def _tell(self, connection: Connection, message: object) -> None:
+        try:
+            connection.send(message)
+        except OSError:  # it is gone; why is what it said last, or how it ended
+            self._answer(connection, "nothing more")
 
     def _answer(self, connection: Connection, kind: str) -> Any:
         """The next message of that kind; units that were under way may come before it."""

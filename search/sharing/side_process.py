@@ -49,7 +49,7 @@ def serve(connection: Connection, content: bytes) -> None:
     """The process of a copy."""
     try:
         _Copy(connection, pickle.loads(content)).answer()
-    except (EOFError, OSError):  # the measurement is over
+    except (EOFError, BrokenPipeError, ConnectionResetError):  # the measurement is over
         return
     except Exception as error:
         connection.send(("failed", (is_out_of_memory(error), " ".join(str(error).split())[:300])))
@@ -73,9 +73,8 @@ class _Copy:
         while True:
             command, resources = self.connection.recv()
             self.device = prepare_process(resources)
-            if resources.gpu >= 1:  # what an earlier command capped, and what it holds
-                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
-                torch.cuda.empty_cache()
+            if resources.gpu:
+                torch.cuda.empty_cache()  # of an earlier command
             if command == ALONE:
                 self.connection.send(("usage", measure_trial(self.sample, self.device)))
             else:

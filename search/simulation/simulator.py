@@ -18,31 +18,12 @@ from search.scheduling.waiting import TeacherQueue
 from search.searcher import StudySearcher
 from search.simulation.hardware import Hardware
 from search.simulation.timelines import Workload
-from search.simulation.virtual_time import Clock, History, Simulation, VirtualTeachers
+from search.simulation.virtual_time import Clock, History, Simulation, VirtualFiles, VirtualTeachers
 from search.space import Space
 from search.studies.records import TrialResult
 from search.study import Assignment, Study
 from search.suggestions.asking import Asker, Inline
 from search.suggestions.sampling_view import TELL_STOPPED, TellStopped
-
-
-class NoFiles:
-    """Simulated trials leave nothing behind."""
-
-    def result(self, key: str) -> TrialResult | None:
-        return None
-
-    def stored_at(self, key: str, teacher: str | None) -> float | None:
-        return None
-
-    def end_stopped_verification(self, key: str, result: TrialResult) -> None:
-        pass
-
-    def end_stopped_training(self, key: str, reason: str) -> None:
-        pass
-
-    def end_failed(self, key: str, reason: str, *, silent: bool) -> None:
-        pass
 
 
 class NoListener:
@@ -92,7 +73,7 @@ def simulate(
     study = Study.open(config, space, InMemoryStorage(), "simulated")
     study.tell_stopped_as = tell_stopped
     scheduler = StudyScheduler(study) if make_scheduler is None else make_scheduler(study)
-    teachers, clock = VirtualTeachers(), Clock()
+    teachers, files, clock = VirtualTeachers(), VirtualFiles(), Clock()
 
     def teacher_of(assignment: Assignment) -> str | None:
         teacher = workload.teacher(assignment.params)
@@ -102,11 +83,12 @@ def simulate(
         study,
         Budget(config.budget, config.resources, study.trials, clock),
         lambda: hardware.slots,
-        NoFiles(),
+        files,
         NoListener(),
         scheduler,
         Asker(Inline(), ahead=False),  # a suggestion takes no virtual time
         TeacherQueue(teacher_of, teachers, clock),
+        clock=clock,
     )
     simulation = Simulation(
         searcher,
@@ -117,6 +99,8 @@ def simulate(
         teachers=teachers,
         clock=clock,
         seed=config.search.seed,
+        files=files,
+        started=searcher.on_trial_start,
         lost=lambda trial_id: scheduler.causes.update({trial_id: Cause(NODE_LOST)}),
     )
     history = simulation.run(budget_s)

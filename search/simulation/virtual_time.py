@@ -79,6 +79,29 @@ class VirtualTeachers:
 
 
 @dataclass
+class VirtualFiles:
+    """When trials stored their last state, and which of them the searcher has failed: all that they leave behind."""
+
+    stored: dict[str, float] = field(default_factory=dict)  # virtual seconds, by the trial's key
+    failed: set[str] = field(default_factory=set)
+
+    def result(self, key: str) -> TrialResult | None:
+        return None
+
+    def stored_at(self, key: str, teacher: str | None) -> float | None:
+        return self.stored.get(key)
+
+    def end_stopped_verification(self, key: str, result: TrialResult) -> None:
+        pass
+
+    def end_stopped_training(self, key: str, reason: str) -> None:
+        pass
+
+    def end_failed(self, key: str, reason: str, *, silent: bool) -> None:
+        self.failed.add(key)
+
+
+@dataclass
 class _Job:
     """A trial on its slot, or off it since its node was lost."""
 
@@ -89,6 +112,7 @@ class _Job:
     teacher: str | None  # that it trains first, until it is there
     next: int = 0  # report that is due
     work: float = 0.0  # seconds done
+    begun: float = 0.0  # of them before this start
     held: float = 0.0  # accelerator seconds spent on it
     starts: int = 0
     gpu: int = -1
@@ -119,6 +143,8 @@ class Simulation:
         teachers: where trained teachers are noted; the searcher's queue must read the same.
         clock: is set to the virtual time; the searcher's parts must read the same.
         seed: of stragglers, node losses and the trials' noise.
+        files: what trials have stored; the searcher's must be the same.
+        started: hears Tune's id of a trial that begins.
         lost: hears Tune's id of a trial that ends with its node, before the searcher does.
     """
 
@@ -133,6 +159,8 @@ class Simulation:
         teachers: VirtualTeachers,
         clock: Clock,
         seed: int,
+        files: VirtualFiles | None = None,
+        started: Callable[[str], None] = lambda trial_id: None,
         lost: Callable[[str], None] = lambda trial_id: None,
     ) -> None:
         self._searcher, self._scheduler, self._workload, self._hardware = searcher, scheduler, workload, hardware
@@ -143,7 +171,7 @@ class Simulation:
         self._ids = itertools.count()
         self._on_gpu: list[list[_Job]] = [[] for _ in range(hardware.gpus)]
         self._lost = [False] * hardware.num_nodes
-        self._hears_of_loss = lost
+        self._files, self._hears_of_start, self._hears_of_loss = files or VirtualFiles(), started, lost
         self._left: dict[str, _Job] = {}  # by their keys
         self._is_exhausted = False
         self._outcomes: list[Outcome] = []
@@ -214,7 +242,8 @@ class Simulation:
         content = json.loads(config["trial"])
         trial = TrialStub(trial_id, config)
         self._scheduler.on_trial_add(None, trial)
-        if (left := self._left.pop(content["key"], None)) is not None:
+        left = self._left.pop(content["key"], None)
+        if left is not None and (left.teacher is None or not self._teachers.has(left.teacher)):
             left.trial = trial
             return left
         seed = derive_seed(self._seed, "noise", content["key"])
@@ -226,15 +255,19 @@ class Simulation:
         else:
             teacher = None
         trains = None if teacher is None else teacher.key
-        return _Job(trial, content["key"], reports, timeline.checkpoint_s, trains)
+        job = _Job(trial, content["key"], reports, timeline.checkpoint_s, trains)
+        if left is not None:  # another has trained its teacher meanwhile
+            job.held, job.starts = left.held, left.starts
+        return job
 
     def _start(self, job: _Job, gpu: int) -> None:
         draw = np.random.default_rng(derive_seed(self._seed, "straggler", job.key, job.starts))
         is_slow = draw.random() < self._hardware.stragglers
         job.slowness = self._hardware.straggler_slowdown if is_slow else 1.0
         job.starts += 1
-        job.gpu, job.since = gpu, self._clock.now
+        job.gpu, job.since, job.begun = gpu, self._clock.now, job.work
         self._on_gpu[gpu].append(job)
+        self._hears_of_start(job.trial.trial_id)
         self._schedule(gpu)
 
     def _leave(self, job: _Job) -> None:
@@ -312,14 +345,21 @@ class Simulation:
             self._leave(job)
             self._scheduler.on_trial_error(None, job.trial)
             self._roll_back(job)
-            self._left[job.key] = job
             self._hears_of_loss(job.trial.trial_id)
             self._searcher.on_trial_complete(job.trial.trial_id, error=True)
+            if job.key in self._files.failed:
+                self._note(job, "FAILED")
+            else:
+                self._left[job.key] = job
 
     def _roll_back(self, job: _Job) -> None:
         """What it reported since its last state it reports again, as a worker that goes on from that state does."""
+        state = job.work
         if job.checkpoint_s > 0:
-            job.work = math.floor(job.work / job.checkpoint_s) * job.checkpoint_s
+            state = math.floor(job.work / job.checkpoint_s) * job.checkpoint_s
+        if state > job.begun:  # when that was, at the pace of the end
+            self._files.stored[job.key] = self._clock.now - (job.work - state) / job.rate
+        job.work = state
         job.next = next(n for n, report in enumerate(job.reports) if report.seconds >= job.work)
 
     def _repair(self, node: int, count: int) -> None:

@@ -112,6 +112,9 @@ class AdvisoryLock:
         """Whether nobody else can have written the study since this lock was taken first.
 
         Waits while the server is away; Ctrl-C then raises KeyboardInterrupt, and the lock is given up.
+
+        Raises:
+            DatabaseAwayError: the server stayed away; later calls find the lock lost.
         """
         if not self._is_lost and not self._is_mine():
             self._is_lost = True  # whatever ends the wait
@@ -119,7 +122,11 @@ class AdvisoryLock:
         return not self._is_lost
 
     def regained(self) -> bool:
-        """As `still_held`; and nothing that this driver has asked for before is still under way in the server."""
+        """As `still_held`; and nothing that this driver has asked for before is still under way in the server.
+
+        Raises:
+            DatabaseAwayError: the server stayed away, or something is still under way; it may be asked again.
+        """
         while self.still_held():
             assert self._connection is not None
             try:
@@ -188,7 +195,7 @@ class AdvisoryLock:
                     is_ours = self._last_mark() in (self.mark, self._mark_before)
                 except LockedError:
                     is_ours = False
-                except SQLAlchemyError as error:
+                except (SQLAlchemyError, DatabaseAwayError) as error:
                     if not told:
                         limit = f"{self._patience.limit_s / 60:.0f} minutes"
                         reason = without_password(" ".join(str(getattr(error, "orig", None) or error).split()))
@@ -203,16 +210,21 @@ class AdvisoryLock:
                     "%s answers again after %.0f s, and no other driver came; the search goes on", what, seconds
                 )
                 return True
-        log.warning("%s did not come back within %.0f s; the search ends", what, self._patience.limit_s)
-        return False
+        self._disconnect()
+        raise DatabaseAwayError(f"{what} did not come back within {self._patience.limit_s:.0f} s")
 
     def _end_other_sessions(self, connection: Connection) -> None:
-        """Let nothing of this driver's go on in the server: a commit that is under way there, or the old lock."""
+        """Let nothing of this driver's go on in the server: a commit that is under way there, or the old lock.
+
+        Raises:
+            DatabaseAwayError: a session that was told to end has not done so, as one that waits for a slow disk.
+        """
         ours = {"name": self._sessions_name, **self._session}
         for _ in range(_END_ATTEMPTS):
             if not connection.execute(text(_END_OTHERS), ours).all():
                 return
             time.sleep(_PAUSE_S)
+        raise DatabaseAwayError(f"a session of this driver in {without_password(self._url)} does not end")
 
     # ---- The driver's other sessions -----------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import optuna
 from sqlalchemy import event
-from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.engine import ExceptionContext, make_url
+from sqlalchemy.exc import ArgumentError, OperationalError, SQLAlchemyError
 
 from search.errors import UserError
 from tracking.address import shown
@@ -28,7 +28,7 @@ POSTGRES_CONNECTION: dict[str, Any] = {
 # What SQLite says while another program holds the file: SQLITE_BUSY, SQLITE_LOCKED.
 _SQLITE_HELD = (5, 6)
 _READ_ONLY = "25006"  # what a PostgreSQL server says that has just become a standby
-_EXPECTED = "expected sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+_EXPECTED = "expected sqlite:///FILE or postgresql://USER@HOST:PORT/DATABASE"
 
 
 class StudyError(UserError):
@@ -44,6 +44,19 @@ def sqlite_file(url: str) -> Path | None:
     return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
 
 
+def missing_file(url: str) -> Path | None:
+    """The file behind an SQLite URL, if it is not there.
+
+    Raises:
+        StudyError: it lies in a folder that is closed to this user.
+    """
+    file = sqlite_file(url)
+    try:
+        return None if file is None or file.is_file() else file
+    except OSError as error:
+        raise StudyError(f"study database {file} cannot be read ({error.strerror})") from error
+
+
 def is_postgres(url: str) -> bool:
     return re.match(r"postgres(ql)?(\+\w+)?://", url) is not None
 
@@ -56,10 +69,22 @@ def check_kind(url: str) -> None:
     """
     if sqlite_file(url) is None and not is_postgres(url):
         raise StudyError(f"study database {shown(url)}: {_EXPECTED}")
+    if is_postgres(url):
+        postgres_url(url)
 
 
 def postgres_url(url: str) -> str:
-    """The URL with the driver that the postgres extra installs, where it names none: SQLAlchemy's own is older."""
+    """The URL with the driver that the postgres extra installs, where it names none: SQLAlchemy's own is older.
+
+    Raises:
+        StudyError: no server can be read from it.
+    """
+    if url.partition("?")[0].count("@") > 1:  # what stands behind the first would be taken for the host, and shown
+        raise StudyError(f"study database {shown(url)} has an @ in its user or password; write %40 for it")
+    try:
+        make_url(url)
+    except (ValueError, ArgumentError):  # the first of a port that is no number
+        raise StudyError(f"study database {shown(url)}: {_EXPECTED}") from None
     return re.sub(r"^postgres(ql)?://", "postgresql+psycopg://", url)
 
 

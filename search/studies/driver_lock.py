@@ -35,11 +35,18 @@ class DriverLock:
 
         Costs a look at a file's inode and, with PostgreSQL, one query. While neither can be looked at, this waits.
         False for ever once another driver may have had a part.
+
+        Raises:
+            DatabaseAwayError: once, when the database stayed away; from then on the lock is lost.
         """
         return all(part.still_held() for part in self.parts)
 
     def regained(self) -> bool:
-        """As `still_held`, for a driver whose connection broke: what it asked for then is done, or will never be."""
+        """As `still_held`, for a driver whose connection broke: what it asked for then is done, or will never be.
+
+        Raises:
+            DatabaseAwayError: as there, or that cannot be told yet.
+        """
         advisory = (part.regained() for part in self.parts if isinstance(part, AdvisoryLock))
         return self.still_held() and all(advisory)
 

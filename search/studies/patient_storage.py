@@ -27,7 +27,8 @@ class PatientStorage:
         storage: raises DatabaseAwayError where it cannot tell whether an operation was done.
         study_id: the storage's own.
         regained: asked after a connection broke: whether nobody else can have written the study since it was opened;
-            waits until that can be told, and until what was under way then is done, or will never be.
+            waits until that can be told, and until what was under way then is done, or will never be, or raises
+            DatabaseAwayError.
 
     Raises:
         DatabaseAwayError: by every operation, if the database stays away.
@@ -106,12 +107,13 @@ class PatientStorage:
         again, told = again or first, False
         with interruptible():
             for waited in self._patience.attempts():
-                if not self._regained():
-                    raise StudyError(f"the lock on the study was lost while its database was away: {away}")
                 try:
-                    return again()
+                    if self._regained():
+                        return again()
                 except DatabaseAwayError as error:
                     away = error
+                else:
+                    raise StudyError(f"the lock on the study was lost while its database was away: {away}")
                 if waited and not told:
                     log.warning("%s; the search waits for it", away)
                     told = True

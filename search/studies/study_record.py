@@ -16,7 +16,7 @@ from ccdist.config import VerificationOptions, fingerprint
 from search.config import SearchConfig
 from search.confirming.confirmation_config import config_of
 from search.studies import formats
-from search.studies.database import StudyError, open_storage, sqlite_file, without_password
+from search.studies.database import StudyError, missing_file, open_storage, without_password
 from search.studies.records import Death, RungValues, StudyRecord, TrialRecord, TrialResult
 from search.studies.records import TrialState as RecordState
 from search.suggestions.sampling import DIRECTIONS
@@ -55,8 +55,7 @@ def stored_record(config: SearchConfig, url: str) -> StudyRecord | None:
     Raises:
         StudyError: a study of that name exists with another space.
     """
-    database = sqlite_file(url)
-    if database is not None and not database.is_file():
+    if missing_file(url) is not None:
         return None
     storage = open_storage(url)
     if config.study_name not in optuna.get_all_study_names(storage):
@@ -119,9 +118,22 @@ def stored_artifacts(url: str, name: str) -> str | None:
     return config_of(attributes["space"]).storage.artifacts  # of a study that was not opened since
 
 
+def stored_identifier(url: str, name: str) -> str | None:
+    """What tells the study of that name from others of its name; None: there is none.
+
+    Raises:
+        StudyError: the database cannot be read.
+    """
+    if missing_file(url) is not None:
+        return None
+    storage = open_storage(url)
+    if name not in optuna.get_all_study_names(storage):
+        return None
+    return str(stored_attributes(optuna.load_study(study_name=name, storage=storage))["id"])
+
+
 def _load(url: str, name: str) -> optuna.Study:
-    database = sqlite_file(url)
-    if database is not None and not database.is_file():
+    if (database := missing_file(url)) is not None:
         raise StudyError(f"there is no study database {database}; run a search first, or name its --storage")
     storage = open_storage(url)
     names = optuna.get_all_study_names(storage)
