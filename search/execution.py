@@ -33,6 +33,7 @@ from search.scheduling.waiting import TeacherQueue
 from search.searcher import StudySearcher
 from search.space import Space
 from search.storage import Storage
+from search.studies.database import DatabaseGoneError
 from search.studies.driver_lock import DriverLock
 from search.studies.records import StudyRecord
 from search.study import Assignment, Study
@@ -138,7 +139,11 @@ def _close(
     close: Callable[[StudyRecord, Storage, Status], None] | None = None,
 ) -> None:
     """Nothing is said of a study whose lock was lost: its unfinished trials may run under another driver now."""
-    if lock.still_held():
+    try:
+        is_ours = lock.still_held()
+    except DatabaseGoneError:  # the search has told it
+        is_ours = False
+    if is_ours:
         storage.pull_trials(record.name)
         (close or close_study)(record, storage, status)
 

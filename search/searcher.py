@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from ray.tune.search import Searcher
 
+from search.artifacts.disk_space import is_full_disk
 from search.attempts.bad_hosts import BadHosts
 from search.attempts.deaths import Cause, is_of_surroundings
 from search.attempts.retries import Retries
@@ -23,6 +24,7 @@ from search.scheduling.resumption import resumption
 from search.scheduling.waiting import TeacherQueue
 from search.studies.database import DatabaseAwayError
 from search.studies.records import TrialResult
+from search.studies.study_record import not_finite
 from search.study import Assignment, Study
 from search.suggestions.asking import Asker
 from search.worker import Suggestion
@@ -142,8 +144,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._stop(f"no trial can be started ({one_line(failure)}); nothing is lost")
         if self._live or self._resumed or self._work_is_left():
             return None
-        if not self._has_ended and self._may_write():
-            self._give_up_unfinished()
+        try:
+            if not self._has_ended and self._may_write():
+                self._give_up_unfinished()
+        except Exception as failure:
+            self._stop(f"what was cut off cannot be given up ({one_line(failure)}); nothing is lost")
         self._asker.close()
         return Searcher.FINISHED
 
@@ -324,7 +329,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         except Exception as failure:
             if assignment is not None:
                 self._unfinished.append(assignment.number)
-            self._stop(f"the study could not be written ({one_line(failure)}); nothing is lost")
+            if is_full_disk(failure):
+                self._pause(one_line(failure))
+            else:
+                self._stop(f"the study or its files could not be written ({one_line(failure)}); nothing is lost")
         finally:
             if (ended := assignment or resumed) is not None:
                 self._retries.ended(ended)
@@ -406,11 +414,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return True
 
     def _tell(self, assignment: Assignment, result: TrialResult) -> None:
-        self._study.tell(assignment.number, result)
-        told = self._study.trials()[assignment.number]
-        if told.state == "FAILED":  # it was not finite
-            self._fail(assignment, told.reason or "", silent=True)
+        if wrong := not_finite(result):
+            self._fail(assignment, f"not finite: {wrong}", silent=True)
             return
+        self._study.tell(assignment.number, result)
         self._reasons.clear()
         self._listener.finished(assignment.key, result)
 

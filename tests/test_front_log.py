@@ -66,6 +66,7 @@ def histories(draw: st.DrawFn) -> list[TrialRecord]:
     return told
 
 
+@pytest.mark.timeout(60)  # many small examples
 @settings(max_examples=30)
 @given(histories())
 def test_the_front_after_each_trial_is_that_of_all_trials_so_far(told: list[TrialRecord]) -> None:

@@ -1,6 +1,7 @@
 """The driver's copy of what an object store has: what it follows, what it writes, and whose study it is."""
 
 import errno
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,23 @@ def test_ends_of_dead_trials_and_what_was_sent_come_to_the_next_machine(uri: str
         assert student.exists() == (not sent)  # MLflow has it
         two.pull(lambda _manifest: is_visible)
         assert student.exists()
+
+
+def test_a_claim_that_a_kill_left_takes_no_end_away(uri: str, tmp_path: Path) -> None:
+    """The trial is followed as what it was before; and a program that knows no claims refuses one."""
+    work(uri, 1, trained, Told(lambda: None))
+    one = mirror(uri, tmp_path / "one")
+    one.pull()
+    filesystem, root = opened(uri)
+    StoredFiles(filesystem, root, KEY).publish(Manifest(Version(2, 1, 0), {}))
+    (claim,) = (path for path in remote_files.paths(filesystem, f"{root}/manifests") if path.endswith("-000000.json"))
+    content = remote_files.read(filesystem, f"{root}/manifests/{claim}")
+    assert content is not None
+    assert json.loads(content)["format_version"] == 2
+    journals = tmp_path / "one" / "tiny" / "journal"
+    assert end_dead_trials(journals, set()) == [KEY]
+    one.pull()
+    assert [line.row.kind for line in read_rows(journals / f"{KEY}.jsonl")[0]] == ["start", "metrics", "end"]
 
 
 def test_rows_that_were_sent_and_never_stored_are_sent_anew(uri: str, tmp_path: Path) -> None:

@@ -346,7 +346,15 @@ def test_a_file_that_is_no_program_is_not_sent(program: Path, tmp_path: Path, bo
         weights = archive.read("archive/data/weights/weight_0")
     damaged.write_bytes(program.read_bytes().replace(weights, weights[::-1]))
     (tmp_path / "bomb.pt2").write_bytes(bomb)
-    for name, told in (("packed", "larger than the file"), ("damaged", "Bad CRC"), ("bomb", "cannot be read")):
+    with zipfile.ZipFile(tmp_path / "deflated.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/weights/weight_0", os.urandom(1000))
+    reasons = {
+        "packed": "larger than the file",
+        "deflated": "records are packed",
+        "damaged": "Bad CRC",
+        "bomb": "cannot be read",
+    }
+    for name, told in reasons.items():
         with pytest.raises(UnsafeProgramError, match=told):
             copy_program(tmp_path / f"{name}.pt2", tmp_path / "copy.pt2", SHAPE)
 

@@ -147,7 +147,7 @@ def test_a_shared_cluster_without_tokens_is_broken() -> None:
     assert told.startswith("tokens: Ray asks for none: whoever reaches the head's ports runs code on every node; put")
     assert broken(view(NodeAnswer(node(), FACTS), tokens=False, is_shared=False)) == []
     (told,) = broken(view(NodeAnswer(node(), FACTS), tokens=None))
-    assert told == "tokens: the head did not say in time whether it asks for its token; look again"
+    assert told == "tokens: the head could not be asked whether it wants its token; look again"
 
 
 def test_nodes_that_do_not_see_the_artefacts_are_named() -> None:

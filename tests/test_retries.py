@@ -89,7 +89,7 @@ def test_how_often_a_trial_may_die(reason: str, allowed: int, bench: Bench) -> N
     assert bench.files.ends == [("silent", "tiny-0000", trial.reason)]
     assert len(trial.deaths) == allowed + 1
     lost = f"{allowed + 1} workers were lost ({allowed + 1} {kind}), and 0 s with them"
-    assert account(bench.study.record()) == f"{lost}; 1 trial was given up, and all that it had stored"
+    assert account(bench.study.record()) == f"{lost}; 1 trial failed of it, and what it had stored is lost, too"
     assert bench.next()[1].key == "tiny-0001"
 
 

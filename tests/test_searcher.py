@@ -1,5 +1,6 @@
 """The searcher with fake results: how many trials run, which come first, and when the search ends. No Ray runs."""
 
+import errno
 import json
 import pickle
 from collections.abc import Callable
@@ -316,8 +317,15 @@ def test_failures_of_an_earlier_driver_count(study: Study, log: Log) -> None:
     assert study.num_failed() == 4
 
 
-@pytest.mark.parametrize("given_up", [True, False])
-def test_a_failure_is_told_once_it_is_in_the_files(study: Study, log: Log, tmp_path: Path, given_up: bool) -> None:
+NOT_FINITE = result(expected_certified=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("given_up", "ends"), [(True, failed("d")), (False, failed("d")), (False, complete(NOT_FINITE))]
+)
+def test_a_failure_is_told_once_it_is_in_the_files(
+    study: Study, log: Log, tmp_path: Path, given_up: bool, ends: dict[str, Any]
+) -> None:
     """A driver that dies in between leaves a trial that goes on, not one that nobody looks at again."""
     told: list[str] = []
 
@@ -331,7 +339,7 @@ def test_a_failure_is_told_once_it_is_in_the_files(study: Study, log: Log, tmp_p
         study.ask()
         opened = open_study(config_of(tmp_path), tmp_path / "study.db")
     searcher = searcher_of(opened, log, target=1, slots=1, files=Watching())
-    drive(searcher, lambda suggestion: failed("d"), 1)
+    drive(searcher, lambda suggestion: ends, 1)
     assert "RUNNING" in told
     assert "FAILED" not in told
     assert "FAILED" in states(opened)
@@ -361,10 +369,41 @@ def test_a_dead_worker_is_a_failure_with_a_reason(
     assert files.ends == [("silent", "tiny-0000", trial.reason)]
 
 
+class AwayFiles(FakeFiles):
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.error = error
+
+    def end_failed(self, key: str, reason: str, *, silent: bool) -> None:
+        raise self.error
+
+
+def test_files_that_are_away_end_a_search_in_one_line(study: Study, log: Log, tmp_path: Path) -> None:
+    """At its last question, too, of which Tune would make a traceback."""
+    study.tell(study.ask().number, result())
+    study.ask()
+    opened = open_study(config_of(tmp_path), tmp_path / "study.db")
+    searcher = searcher_of(opened, log, target=1, slots=1, files=AwayFiles(OSError(errno.EIO, "no answer")))
+    assert searcher.suggest("tune0") == Searcher.FINISHED
+    assert searcher.stop_reason is not None
+    assert "cannot be given up (OSError: [Errno 5] no answer); nothing is lost" in searcher.stop_reason
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(errno.ENOSPC, "the search pauses, nothing is lost: make room"), (errno.EIO, "or its files could not be written")],
+)
+def test_an_end_that_cannot_be_stored_is_told(study: Study, log: Log, number: int, told: str) -> None:
+    searcher = searcher_of(study, log, slots=1, files=AwayFiles(OSError(number, "away")))
+    drive(searcher, lambda _: failed("d"), 1)
+    assert searcher.stop_reason is not None
+    assert told in searcher.stop_reason
+
+
 def test_a_result_that_is_not_finite_is_a_failure_to_everyone(study: Study, log: Log) -> None:
     files = FakeFiles()
     searcher = searcher_of(study, log, slots=1, files=files)
-    drive(searcher, lambda _: complete(result(expected_certified=float("nan"))), 1)
+    drive(searcher, lambda _: complete(NOT_FINITE), 1)
     assert states(study) == ["FAILED"] * 3
     assert log.keys("failed") == ["tiny-0000", "tiny-0001", "tiny-0002"]
     assert log.keys("finished") == []

@@ -41,7 +41,7 @@ def test_a_gpu_that_is_too_small_doubles_the_share_up_to_a_whole_one(tmp_path: P
     trial = bench.study.trials()[0]
     assert trial.state == "FAILED"
     assert trial.reason == "out of memory: Tried to allocate 2 GiB; it had a whole GPU"
-    assert account(bench.study.record()).endswith("; 1 trial was given up, and all that it had stored")
+    assert account(bench.study.record()).endswith("; 1 trial failed of it, and what it had stored is lost, too")
     assert trial.accelerators == 1.0
     assert bench.deaths() == ["out of memory: Tried to allocate 2 GiB"] * 3
     assert trial.deaths[0].node == "host-b"

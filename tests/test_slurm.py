@@ -173,6 +173,23 @@ def test_the_next_job_goes_on_with_the_study(job: Job) -> None:
     assert (job.study, job.left_over) == ("trial trial ", [])
 
 
+def test_folders_may_be_named_from_the_repository(job: Job) -> None:
+    """The driver works elsewhere."""
+    for number in ("123456", "123457"):
+        assert job.run("digits", SLURM_JOB_ID=number, SHARED="../shared", CCDIST_SCRATCH_DIR="../disk") == (0, "")
+    assert (job.study, job.left_over) == ("trial trial ", [])
+    assert f"storage.artifacts={job.shared}/artifacts" in job.called("search")
+
+
+def test_a_study_stays_on_the_disk_that_its_database_names(job: Job, tmp_path: Path) -> None:
+    job.run("digits")
+    status, said = job.run("digits", SLURM_JOB_ID="123457", CCDIST_SCRATCH_DIR=str(tmp_path))
+    assert (status, said.count("\n")) == (2, 1)
+    assert f"set CCDIST_SCRATCH_DIR to {job.disk}, as it was in its first job" in said
+    assert (job.study, job.left_over) == ("trial ", [])
+    assert job.run("digits", SLURM_JOB_ID="123458") == (0, "")
+
+
 def test_at_the_time_limit_the_search_stops_and_its_study_is_kept(job: Job) -> None:
     with job.running("digits", SEARCH_GOES_ON="yes") as process:
         job.wait_for("searching")

@@ -267,8 +267,8 @@ def test_damage_is_told(tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpointError, match="is not there"):
         counted(disk, tmp_path)
     (manifest,) = (path for path in disk.objects if "manifests" in path)
-    disk.objects[manifest] = json.dumps({"format_version": 2, "files": {}}).encode()
-    with pytest.raises(NewerFormatError, match="format version 2; this program reads 1"):
+    disk.objects[manifest] = json.dumps({"format_version": 3, "files": {}}).encode()
+    with pytest.raises(NewerFormatError, match="format version 3; this program reads 1 to 2"):
         counted(disk, tmp_path)
     disk.objects[manifest] = b"{"
     with pytest.raises(CorruptCheckpointError, match="is no manifest"):

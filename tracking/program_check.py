@@ -15,11 +15,10 @@ import io
 import json
 import os
 import re
-import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 # What `torch.export.save` writes for a network of this project.
 _DESCRIPTIONS = re.compile(r"models/model\.json|data/(weights/model_weights|constants/model_constants)_config\.json")
@@ -95,6 +94,8 @@ def _descriptions(archive: zipfile.ZipFile, size: int) -> dict[str, bytes]:
     if sum(info.file_size for info in archive.infolist()) > size:
         raise UnsafeProgramError("its records are larger than the file")
     found = {}
+    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        raise UnsafeProgramError("its records are packed")  # PyTorch packs none
     for info, record in zip(archive.infolist(), records, strict=True):
         with archive.open(info) as content:
             if _DESCRIPTIONS.fullmatch(record):
@@ -129,11 +130,16 @@ def _record(info: zipfile.ZipInfo) -> str:
     return info.filename.partition("/")[2]
 
 
-def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Any) -> None:
+def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: IO[bytes]) -> None:
+    with archive.open(info) as content:
+        while piece := _piece(content):
+            target.write(piece)
+
+
+def _piece(content: IO[bytes]) -> bytes:
     try:
-        with archive.open(info) as content:
-            shutil.copyfileobj(content, target, 1 << 20)
-    except zipfile.BadZipFile as error:
+        return content.read(1 << 20)
+    except Exception as error:  # whatever somebody has put there
         raise UnsafeProgramError(f"it cannot be read ({error})") from error
 
 

@@ -34,16 +34,20 @@ fail() {
 usage='sbatch --export=ALL,SHARED=FOLDER docs/clusters/slurm.sh SPACE [OPTIONS]'
 [[ $# -ge 1 ]] || fail "no space file was given; expected: $usage"
 [[ -d ${SHARED:-} ]] || fail "SHARED is '${SHARED:-}', no folder; expected one that all nodes mount: $usage"
+SHARED=$(realpath "$SHARED") # the driver runs elsewhere, below
 repository=$SLURM_SUBMIT_DIR
 [[ -x $repository/.venv/bin/python ]] || fail "$repository has no .venv; run make setup there, and sbatch from there"
 export PATH=$repository/.venv/bin:$PATH
 space=$1 && shift
-[[ -f $space ]] && space=$(realpath "$space") # the driver runs elsewhere, below
+[[ -f $space ]] && space=$(realpath "$space")
 
 # On the node's own disk, and the same folder in every job, since MLflow's database holds the paths of its files.
 place=${CCDIST_SCRATCH_DIR:-/tmp}
 [[ -d $place ]] || fail "CCDIST_SCRATCH_DIR is '$place', no folder on $(hostname)"
-scratch=$place/ccdist-$UID-$(cksum <<<"$SHARED" | cut -d ' ' -f 1)
+scratch=$(realpath "$place")/ccdist-$UID-$(cksum <<<"$SHARED" | cut -d ' ' -f 1)
+begun=$(cat "$SHARED/study/.scratch" 2>/dev/null || printf %s "$scratch")
+[[ $begun == "$scratch" ]] ||
+    fail "the study in $SHARED works in $begun; set CCDIST_SCRATCH_DIR to ${begun%/*}, as it was in its first job"
 mkdir -m 700 "$scratch" ||
     fail "$scratch is there on $(hostname): another job works on SHARED, or one was killed here and left its study; \
 mv -T $scratch/runs $SHARED/study, or delete $scratch"
@@ -69,6 +73,7 @@ finish() {
     done
     rm -f "$RAY_AUTH_TOKEN_PATH"
     if [[ -d $scratch/runs ]]; then
+        printf %s "$scratch" >"$scratch/runs/.scratch"
         rm -rf "$SHARED/study.part"
         if ! { cp -a "$scratch/runs" "$SHARED/study.part" && mv -T "$SHARED/study.part" "$SHARED/study"; }; then
             fail "the study could not be copied; it is still in $scratch/runs on $(hostname)"

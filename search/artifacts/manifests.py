@@ -34,6 +34,8 @@ from search.artifacts import remote_files
 from search.artifacts.disk_space import StorageAwayError
 
 FORMAT_VERSION = 1
+# Programs that know no claims would take one for a trial without files.
+CLAIM_FORMAT_VERSION = 2
 # A file that is read may be replaced meanwhile by its trial, which deletes it: then the next version is read.
 _ATTEMPTS = 20
 
@@ -99,7 +101,13 @@ class Manifest:
 
     def to_json(self) -> bytes:
         files = {path: asdict(entry) for path, entry in sorted(self.files.items())}
-        return json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1).encode()
+        form = CLAIM_FORMAT_VERSION if self.is_claim else FORMAT_VERSION
+        return json.dumps({"format_version": form, "files": files}, indent=1).encode()
+
+    @property
+    def is_claim(self) -> bool:
+        """Whether it only says who writes from now on; earlier programs began with a number 0 that names files."""
+        return self.version.count == 0 and not self.files
 
     @classmethod
     def of(cls, version: Version, content: bytes, where: str) -> "Manifest":
@@ -110,7 +118,7 @@ class Manifest:
             ValueError, KeyError, TypeError, AttributeError: it is none, or only a part of one.
         """
         stored = json.loads(content)
-        check_format(stored["format_version"], Path(where), newest=FORMAT_VERSION)
+        check_format(stored["format_version"], Path(where), newest=CLAIM_FORMAT_VERSION)
         files = {path: Entry(**entry) for path, entry in stored["files"].items()}
         for path, entry in files.items():
             if not _is_below(path) or Version.of(f"{entry.version}.json") is None:
@@ -136,16 +144,24 @@ class StoredStudy:
         return StoredFiles(self.filesystem, self.root, key)
 
     def newest(self) -> dict[str, Version]:
-        """The version of each trial that is there: one listing for a thousand trials."""
+        """The version of each trial that is there: one listing for a thousand trials.
+
+        A claim is the version of a trial that has no other.
+        """
         found: dict[str, Version] = {}
         for path in remote_files.paths(self.filesystem, f"{self.root}/manifests"):
             key, _, name = path.rpartition("/")
             version = Version.of(name)
             if "/" in key or key in ("", ".", ".."):
                 continue  # whoever wrote it: no trial's
-            if version is not None and (key not in found or version > found[key]):
+            if version is not None and (key not in found or _rank(version) > _rank(found[key])):
                 found[key] = version
         return found
+
+
+def _rank(version: Version) -> tuple[bool, Version]:
+    """Which version of a trial says what it has: a number 0 says nothing, or what the version before it says."""
+    return version.count > 0, version
 
 
 class StoredFiles:
@@ -182,7 +198,7 @@ class StoredFiles:
                     break  # replaced since the listing: look again
                 try:
                     manifest = Manifest.of(version, content, place)
-                    if manifest.files or version.count:
+                    if not manifest.is_claim:
                         return manifest
                 except (KeyError, TypeError, AttributeError) as error:
                     damage = f"{place} is no manifest ({type(error).__name__}: {error})"

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from search.artifacts.trial_copies import (
     pull,
 )
 from search.clusters.sight import STUDY_MARK
+from search.studies.patience import interruptible
 from tracking.journal import end_dead_trials, replace_text
 from tracking.sender import sent_path
 
@@ -313,9 +314,13 @@ class Mirror:
             if "/" not in name and isinstance(offset, int) and not place.exists():
                 replace_text(place, str(offset))
 
-    def _lock(self, key: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def _lock(self, key: str) -> Iterator[None]:
         """Of a trial's local files: a report, or a doctor, may follow the store in the folder of a driver at work."""
-        return exclusive(self.root / "copies" / f"{key}.lock", wait=True)
+        with ExitStack() as stack:
+            with interruptible():
+                stack.enter_context(exclusive(self.root / "copies" / f"{key}.lock", wait=True))
+            yield
 
 
 def _timed(act: Callable[[], None], interval_s: float) -> tuple[list[Exception], float]:

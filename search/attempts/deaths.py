@@ -100,14 +100,14 @@ def account(study: StudyRecord) -> str:
     if not deaths:
         return ""
     workers = "1 worker was lost" if len(deaths) == 1 else f"{len(deaths)} workers were lost"
-    return f"{workers} ({reasons_text(deaths)}), and {lost_seconds(deaths):,.0f} s with them{_given_up(study)}"
+    return f"{workers} ({reasons_text(deaths)}), and {lost_seconds(deaths):,.0f} s with them{_failed_of_them(study)}"
 
 
-def _given_up(study: StudyRecord) -> str:
+def _failed_of_them(study: StudyRecord) -> str:
     """Trials that ended with a death: nobody went on from what they had stored."""
     dead = sum(
         trial.state == "FAILED" and bool(trial.deaths) and trial.deaths[-1].reason in (trial.reason or "")
         for trial in study.trials
     )
-    trials = "1 trial was given up, and all that it" if dead == 1 else f"{dead} trials were given up, and all that they"
-    return f"; {trials} had stored" if dead else ""
+    trials = "1 trial failed of it, and what it" if dead == 1 else f"{dead} trials failed of it, and what they"
+    return f"; {trials} had stored is lost, too" if dead else ""

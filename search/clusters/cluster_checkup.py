@@ -89,7 +89,8 @@ def _view(
         problems.append(Finding("artefacts", f"{error}; choose another --storage"))
     measured = one_of_each_kind(answering, config.resources)
     usages = list(zip(measured, measure_on(measured, sample, config.resources, seconds), strict=True))
-    tokens, artifacts = asks_for_token(ray.get_runtime_context().gcs_address), storage.workers_artifacts
+    tokens = asks_for_token(ray.get_runtime_context().gcs_address) if cluster.is_shared else None
+    artifacts = storage.workers_artifacts
     view = ClusterView(cluster.description, driver, answers, artifacts, reach, usages, tokens, cluster.is_shared)
     return view, problems
 

@@ -30,7 +30,7 @@ class ClusterView:
     artifacts: their folder, or their address in an object store.
     reach: what each node says of them.
     usages: of a trial on one node of each kind; a text: why it is not known.
-    tokens: whether it asks whoever connects for its token; None: not known.
+    tokens: whether a shared one asks whoever connects for its token; None: not known.
     """
 
     description: str
@@ -97,12 +97,12 @@ def slots_of(answer: NodeAnswer, usage: TrialUsage | None, resources: ResourcesC
 
 
 def _tokens(view: ClusterView) -> Finding:
+    if not view.is_shared:
+        return Finding("tokens", "the Ray of a search's own listens on this machine only", fine=True)
     if view.tokens is None:
-        return Finding("tokens", "the head did not say in time whether it asks for its token; look again")
+        return Finding("tokens", "the head could not be asked whether it wants its token; look again")
     if view.tokens:
         return Finding("tokens", "Ray asks for its token (RAY_AUTH_MODE=token)", fine=True)
-    if not view.is_shared:
-        return Finding("tokens", "Ray asks for none; it listens on this machine only", fine=True)
     text = (
         "Ray asks for none: whoever reaches the head's ports runs code on every node; put one ~/.ray/auth_token on "
         "all nodes and here, and export RAY_AUTH_MODE=token before ray start"

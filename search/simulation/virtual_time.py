@@ -241,7 +241,6 @@ class Simulation:
             return None
         content = json.loads(config["trial"])
         trial = TrialStub(trial_id, config)
-        self._scheduler.on_trial_add(None, trial)
         left = self._left.pop(content["key"], None)
         if left is not None and (left.teacher is None or not self._teachers.has(left.teacher)):
             left.trial = trial

@@ -24,7 +24,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
 from search.artifacts.locks import LockedError
-from search.studies.database import POSTGRES_CONNECTION, DatabaseAwayError, postgres_url, without_password
+from search.studies.database import (
+    POSTGRES_CONNECTION,
+    DatabaseAwayError,
+    DatabaseGoneError,
+    postgres_url,
+    without_password,
+)
 from search.studies.patience import PATIENCE, Patience, interruptible
 
 log = logging.getLogger(__name__)
@@ -94,6 +100,7 @@ class AdvisoryLock:
         self._connection: Connection | None = None
         self._session: dict[str, Any] = {"pid": 0, "since": None}  # that has the lock, or had it
         self._is_lost = False
+        self._gone = ""  # why it was given up without knowing of another driver
         name = f"search pid {os.getpid()} on {socket.gethostname()}".encode()[:_NAME_BYTES].decode(errors="ignore")
         self._engine = create_engine(
             postgres_url(url),
@@ -114,8 +121,10 @@ class AdvisoryLock:
         Waits while the server is away; Ctrl-C then raises KeyboardInterrupt, and the lock is given up.
 
         Raises:
-            DatabaseAwayError: the server stayed away; later calls find the lock lost.
+            DatabaseGoneError: the server stayed away, now or at an earlier call.
         """
+        if self._gone:
+            raise DatabaseGoneError(self._gone)
         if not self._is_lost and not self._is_mine():
             self._is_lost = True  # whatever ends the wait
             self._is_lost = not self._taken_again()
@@ -125,7 +134,8 @@ class AdvisoryLock:
         """As `still_held`; and nothing that this driver has asked for before is still under way in the server.
 
         Raises:
-            DatabaseAwayError: the server stayed away, or something is still under way; it may be asked again.
+            DatabaseGoneError: as there.
+            DatabaseAwayError: something is still under way; it may be asked again.
         """
         while self.still_held():
             assert self._connection is not None
@@ -211,7 +221,8 @@ class AdvisoryLock:
                 )
                 return True
         self._disconnect()
-        raise DatabaseAwayError(f"{what} did not come back within {self._patience.limit_s:.0f} s")
+        self._gone = f"{what} did not come back within {self._patience.limit_s:.0f} s"
+        raise DatabaseGoneError(self._gone)
 
     def _end_other_sessions(self, connection: Connection) -> None:
         """Let nothing of this driver's go on in the server: a commit that is under way there, or the old lock.

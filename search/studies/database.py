@@ -39,6 +39,10 @@ class DatabaseAwayError(StudyError):
     """The database does not answer, or the connection broke: what was asked of it may have been done or not."""
 
 
+class DatabaseGoneError(DatabaseAwayError):
+    """It stayed away for so long that this driver has given up the study, for ever."""
+
+
 def sqlite_file(url: str) -> Path | None:
     """The file behind an SQLite URL; None for other databases."""
     return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None

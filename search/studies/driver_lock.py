@@ -37,7 +37,7 @@ class DriverLock:
         False for ever once another driver may have had a part.
 
         Raises:
-            DatabaseAwayError: once, when the database stayed away; from then on the lock is lost.
+            DatabaseGoneError: the database stayed away, now or before, and the lock with it.
         """
         return all(part.still_held() for part in self.parts)
 

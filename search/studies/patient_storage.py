@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from search.studies.database import DatabaseAwayError, StudyError
+from search.studies.database import DatabaseAwayError, DatabaseGoneError, StudyError
 from search.studies.patience import PATIENCE, Patience, interruptible
 
 log = logging.getLogger(__name__)
@@ -110,6 +110,8 @@ class PatientStorage:
                 try:
                     if self._regained():
                         return again()
+                except DatabaseGoneError:
+                    raise
                 except DatabaseAwayError as error:
                     away = error
                 else:
