@@ -79,6 +79,14 @@ def test_the_front_after_each_trial_is_that_of_all_trials_so_far(told: list[Tria
         assert moving.hypervolume_bounds == pytest.approx(study_front(record).hypervolume_bounds, abs=1e-12)
 
 
+def test_rounding_pushes_nobody_off_the_moving_front() -> None:
+    moving = MovingFront(EMPTY)
+    for number, lower in enumerate((0.4, 0.2)):  # whose mean is 0.30000000000000004
+        moving.add(trial(number, 0.5, lower, configuration="mean", seed=number))
+    moving.add(trial(2, 0.5, 0.3))
+    assert moving.keys == {"tiny-0000", "tiny-0001", "tiny-0002"}
+
+
 # ---- The journal ---------------------------------------------------------------------------------------------------
 
 

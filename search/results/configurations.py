@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from search.pareto import certain_front, front, hypervolume, hypervolume_bounds, hypervolume_trace, possible_front
 from search.studies.records import OBJECTIVES, StudyRecord, TrialRecord
@@ -77,8 +77,7 @@ def study_front(study: StudyRecord) -> Front:
     found = configurations(study)
     ends = np.array([each[1:] for each in found]).reshape(len(found), 3)
     lower, upper = ends[:, [0, 1]], ends[:, [0, 2]]
-    # Means of equally many images may differ in their last digit: rounding pushes nobody off the front.
-    low, high = lower.round(9), upper.round(9)
+    low, high = as_compared(lower), as_compared(upper)
     members, certain = front(low), set(certain_front(low, high).tolist())
     possible = np.setdiff1d(possible_front(low, high), members)
     return Front(
@@ -90,6 +89,11 @@ def study_front(study: StudyRecord) -> Front:
         hypervolume_bounds(lower, upper, study.reference),
         tuple(each for each in found if each.num_seeds > 1),
     )
+
+
+def as_compared(points: ArrayLike) -> NDArray[np.float64]:
+    """Accuracies as the front compares them: equal means may differ in their last digit, which pushes nobody off it."""
+    return np.asarray(points, dtype=np.float64).round(9)
 
 
 def configurations(study: StudyRecord) -> tuple[Configuration, ...]:

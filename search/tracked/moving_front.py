@@ -7,7 +7,7 @@ a trial that is dominated, as most are, is compared with the members of the fron
 from dataclasses import replace
 
 from search.pareto import front, hypervolume
-from search.results.configurations import Configuration, configurations
+from search.results.configurations import Configuration, as_compared, configurations
 from search.studies.records import StudyRecord, TrialRecord
 
 _Point = tuple[float, float]
@@ -27,7 +27,8 @@ class _Stairs:
         # A member that moves may free points that it has dominated; without it, none of these can come forward.
         candidates = self._points if name in self.members and before != point else self.members | {name: point}
         names = list(candidates)
-        self.members = {names[index]: candidates[names[index]] for index in front(list(candidates.values())).tolist()}
+        found = front(as_compared(list(candidates.values()))).tolist()
+        self.members = {names[index]: candidates[names[index]] for index in found}
 
 
 class MovingFront:
