@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from contracts import STUDY, TrackerContract, TrialView
 
+from benchmarks.live_search import wait_for
 from tracking.journal import STUDY_JOURNAL, Journal, save_study_info
 from tracking.sender import Delivery, Sender, forget_sent
 from tracking.tracker import MetricRow, ParamValue, RefusedError, Status, StudyInfo, Tracker
@@ -246,7 +247,7 @@ def test_a_dead_tracker_never_stops_the_driver(journals: Path) -> None:
     assert sender.flush(0.2) == 7
     assert sender.stop(0.2) == 7
     assert time.monotonic() - begin < 2
-    assert all(thread.name != "tracking-sender" for thread in threading.enumerate())
+    wait_for(lambda: all(thread.name != "tracking-sender" for thread in threading.enumerate()), "no thread is left", 4)
     # Later, in another process:
     delivery = Delivery(journals, recorder := RecordingTracker())
     delivery.send()
